@@ -1,0 +1,35 @@
+# Everything runs from a clean clone: each target makes its own environment first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Two OpenMP threads on a busy box can be ten times slower than one.
+export OMP_NUM_THREADS ?= 1
+JOBS ?= 2
+
+.PHONY: demo test test-all lab install export clean-nbs lint bench
+$(VENV)/.stamp: requirements.lock settings.ini setup.py
+	$(PYTHON) -m venv $(VENV)
+	@# torch first and exactly: a range asked of an empty environment brings gigabytes of CUDA. A torch that is there already (a GPU build, say) stays.
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$$(grep '^torch==' requirements.lock)"
+	$(BIN)/pip install -q -r requirements.lock
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+install: $(VENV)/.stamp
+
+demo: install
+	OMP_NUM_THREADS=2 $(BIN)/medssl demo
+
+test: install
+	$(BIN)/python -m pytest -n $(JOBS)
+
+test-all: install
+	MEDSSL_SLOW=1 $(BIN)/python -m pytest -n $(JOBS)
+
+lab: install
+	$(BIN)/jupyter lab --notebook-dir=nbs
+
+export: install
+	$(BIN)/nbdev_export && $(BIN)/nbdev_clean
+
+lint: install
+	$(BIN)/ruff check medssl_nb tests benchmarks

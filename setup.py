@@ -1,0 +1,32 @@
+"Packaging: everything is read from settings.ini, so that it is written once."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ini = ConfigParser(delimiters=["="], interpolation=None)
+ini.read("settings.ini")
+cfg = ini["DEFAULT"]
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=Path("README.md").read_text() if Path("README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    keywords=cfg["keywords"],
+    python_requires=f">={cfg['min_python']}",
+    packages=find_packages(include=["medssl_nb", "medssl_nb.*"]),
+    include_package_data=True,
+    install_requires=cfg["requirements"].split(),
+    extras_require={
+        "nb": cfg["nb_requirements"].split(),
+        "dev": cfg["dev_requirements"].split() + cfg["nb_requirements"].split(),
+        # The plain name brings 0.32, which downgrades ipywidgets to 7; 1.0a55 fetches its viewer from the network.
+        "itk": ["itkwidgets==1.0a55", "ngff-zarr<0.14"],
+    },
+    entry_points={"console_scripts": cfg["console_scripts"].split("\n"), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+    zip_safe=False,
+)
