@@ -123,4 +123,5 @@ def cli(
         elif i + 1 < len(args): args.pop(i); path = args.pop(i)
         else: raise UserError('--config without a file', '--config file.yaml')
         base = load_yaml(base, path)
-    return tyro.cli(type(base), default=base, args=args, prog=prog, config=(tyro.conf.FlagConversionOff,), description=type(base).__doc__)
+    # `Run[Task](...)` remembers its parameter in `__orig_class__`; without it tyro would not know the type of the generic field
+    return tyro.cli(getattr(base, '__orig_class__', type(base)), default=base, args=args, prog=prog, config=(tyro.conf.FlagConversionOff,), description=type(base).__doc__)
