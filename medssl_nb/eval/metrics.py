@@ -88,18 +88,22 @@ def surface_dice(
 def segment_scores(
     pred,            # predicted label map `(D, H, W)` or `(H, W)`, integers
     ref,             # reference label map
-    values:tuple,    # the classes to score, e.g. `(1, 2)`; 0 is background
+    values:tuple,    # what to score: label values, or groups of them for regions, e.g. `(1, 2)` or `((1,2,4), (1,4), (4,))`
     spacing=None,    # mm per axis
-)->list:             # one dict a class: class, dice, hd95, voxels and whether either is empty
+)->list:             # one dict a class: class (text, '1' or '1+2+4'), dice, hd95, and the two volumes in voxels
     "Dice and HD95 of every class of one case."
     p,r = _same_shape(pred, ref)
+    groups = [tuple(v) if isinstance(v, (tuple, list)) else (v,) for v in values]
+    known = {0}.union(*groups)
     for name,m in (('prediction', p), ('reference', r)):
-        odd = sorted(set(np.unique(m).tolist()) - set(values) - {0})
-        if odd: raise UserError(f'{name} holds the values {odd}', f'0 or one of {list(values)}', 'list every label value, or map the labels in prepare')
-    return [dict(**{'class': int(v)}, dice=dice(p==v, r==v), hd95=hd95(p==v, r==v, spacing),
-        volume_ref=int((r==v).sum()), volume_pred=int((p==v).sum())) for v in values]
+        odd = sorted(set(np.unique(m).tolist()) - known)
+        if odd: raise UserError(f'{name} holds the values {odd}', f'one of {sorted(known)}', 'list every label value, or map the labels in prepare')
+    def row(g):
+        a,b = np.isin(p, g),np.isin(r, g)
+        return {'class': '+'.join(map(str, g)), 'dice': dice(a, b), 'hd95': hd95(a, b, spacing), 'voxels_pred': int(a.sum()), 'voxels_ref': int(b.sum())}
+    return [row(g) for g in groups]
 
-# %% ../../nbs/60_eval.metrics.ipynb #ecacf059
+# %% ../../nbs/60_eval.metrics.ipynb #b45194cc
 def auc(
     score,     # `(N,)`, larger means more likely positive
     target,    # `(N,)`, 0 or 1
@@ -113,7 +117,7 @@ def auc(
     if not p or not n: raise UserError(f'AUC of {p} positive and {n} negative cases', 'at least one of each')
     return float((rankdata(s)[t].sum() - p*(p+1)/2)/(p*n))
 
-# %% ../../nbs/60_eval.metrics.ipynb #db0dabb8
+# %% ../../nbs/60_eval.metrics.ipynb #8de91368
 def _as_hot(target, k):
     t = np.asarray(target)
     if t.ndim == 2:
@@ -147,7 +151,7 @@ def balanced_accuracy(
     per = [float((p[hot[:,c]] == c).mean()) if hot[:,c].any() else None for c in range(k)]
     return dict(value=float(np.mean([x for x in per if x is not None])), per_class=per, absent=[c for c,x in enumerate(per) if x is None])
 
-# %% ../../nbs/60_eval.metrics.ipynb #84bd394e
+# %% ../../nbs/60_eval.metrics.ipynb #eeef9eec
 def mean_interval(
     values,              # `(N,)` independent values, e.g. one a seed, or one a patient
     level:float=.95,     # coverage
@@ -166,7 +170,7 @@ def _finite(values):
     if not np.isfinite(v).all(): raise UserError(f'{int((~np.isfinite(v)).sum())} of {v.size} values are not finite', 'numbers', 'see how empty masks and absent classes are defined above')
     return v
 
-# %% ../../nbs/60_eval.metrics.ipynb #2e54e51d
+# %% ../../nbs/60_eval.metrics.ipynb #ec215461
 def crossed_interval(
     table,               # `(S, N)`: one score for each seed and test patient
     level:float=.95,     # coverage
@@ -192,7 +196,7 @@ def crossed_interval(
     h = float(t.ppf((1+level)/2, df))*se
     return dict(mean=m, low=m-h, high=m+h, se=se, df=float(df), p=float(2*t.sf(abs(m)/se, df)), seeds=S, cases=N, how=how)
 
-# %% ../../nbs/60_eval.metrics.ipynb #c50dc6d1
+# %% ../../nbs/60_eval.metrics.ipynb #20ec8710
 def bootstrap(
     stat,                # function `(seeds: list of indices, cases: list of indices) -> float`; may raise UserError where undefined
     groups,              # patient of each test case, `(N,)`: cases of a patient are drawn together
@@ -220,7 +224,7 @@ def bootstrap(
     tail = min((out <= 0).sum(), (out >= 0).sum())
     return dict(mean=value, low=float(low), high=float(high), p=float(min(1., 2*(tail+1)/(draws+1))), redrawn=bad, how=how)
 
-# %% ../../nbs/60_eval.metrics.ipynb #9c4d7150
+# %% ../../nbs/60_eval.metrics.ipynb #2326d8c5
 def paired_test(
     a,                     # `(N,)` scores of one arm, one a patient (or seed)
     b,                     # `(N,)` scores of the other, same order
