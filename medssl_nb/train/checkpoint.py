@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from ..core import UserError, read_json, sha256_file, write_json
+from ..nets.registry import build_encoder
 
 # %% ../../nbs/51_train.checkpoint.ipynb #f9d7c910
 def _fsync(path):
@@ -278,8 +279,7 @@ def load_encoder(
         card = {**{k: state.get(k) for k in ('method', 'step', 'encoder', 'versions')}, **(state.get('card') or {})}
         weights = {k[8:]: v for k,v in read_tensors(path/'model.safetensors').items() if k.startswith('encoder.')}
     if not card.get('encoder'): raise UserError(f'{path} holds no description of an encoder', 'a method that has one')
-    if build is None: from medssl_nb.nets.registry import build_encoder as build
-    enc = build(card['encoder'])
+    enc = (build or build_encoder)(card['encoder'])
     fit_exactly(enc, weights, str(path.name))
     return enc,card
 
