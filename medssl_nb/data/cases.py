@@ -436,7 +436,7 @@ class Cases(torch.utils.data.Dataset):
             if bad: raise UserError(f'{len(bad)} of {len(rows)} case(s) {what}, e.g. {bad[0]["case"]}', '', todo)
         refuse([r for r in rows if not set(self.channels) & set(r['channels'])], f'have none of the channels {", ".join(self.channels)}', 'choose with select(channels=...)')
         if self.seg or self.rule == 'foreground': refuse([r for r in rows if not r.get('seg')], 'have no segmentation', 'choose with select(labelled="seg")')
-        if values is not None: refuse([r for r in rows if not set(r['values']) <= set(values)], f'hold label values outside {tuple(values)}', 'list every value, or merge them when preparing')
+        if values is not None: refuse([r for r in rows if not set(r['values']) <= set(values)], f'hold label values outside {tuple(values)}', 'list every value')
         if self.target is None: return
         label = lambda r: (r.get('labels') or {}).get(self.target)
         refuse([r for r in rows if label(r) is None], f'have no label {self.target!r}', f'choose with select(labelled={self.target!r})')
