@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'PrepareConfig', 'foreground', 'normalise', 'denormalise', 'target_grid', 'crop_box', 'case_paths',
-           'read_images', 'read_checked', 'read_label', 'build_case', 'prepared_grid', 'to_file_space', 'read_text',
+           'read_images', 'read_checked', 'read_label', 'build_case', 'prepared_grid', 'to_file_space', 'report_text',
            'fingerprint', 'about', 'prepare_one', 'run_jobs', 'out_voxels', 'estimate', 'human', 'clock', 'prepare',
            'only_one', 'report']
 
@@ -32,6 +32,7 @@ import numpy as np
 from ..config import to_dict
 from ..core import UserError, choose, read_json, write_json, write_jsonl
 from .cases import MODALITIES, Manifest, channel_order, pack, text_table, write_case, write_index
+from .ingest import read_text
 from .volume import Grid, ReadError, Volume, orient, orient_grid, read_volume, reorient, resample, sha256_files, spaced_grid
 
 # %% ../../nbs/17_data.prepare.ipynb #ff2a6311
@@ -56,7 +57,6 @@ class PrepareConfig:
     resample_labels:bool=False  # bring labels that lie on another grid onto the image (nearest); else such a case is a problem
     modalities:tuple[str,...]|None=None    # use only these; None uses all
     limit:int|None=None     # only the first so many cases, for a trial
-    text_columns:tuple[str,...]|None=None  # reports from a table: columns that hold text; None takes what ingest wrote down
     workers:int=1           # processes
     dry_run:bool=False      # say what it would take, write nothing
     progress:bool=True      # a bar on standard error
@@ -191,9 +191,11 @@ def read_label(
     "The segmentation of a case, on the grid of its images."
     f = (row.get('labels') or {}).get(cfg.seg)
     if not isinstance(f, dict): return None
-    v = reorient(Volume(**{**(v := read_checked(f, paths[f['file']])).__dict__, 'dims': row['dims']}))
+    v = read_checked(f, paths[f['file']]); v = reorient(Volume(v.data, v.grid, row['dims'], v.warnings))
     if len(v.data) != 1: raise ReadError(f'the label has {len(v.data)} channels', 'one', kind='label')
-    if (v.data != np.round(v.data)).any(): raise ReadError(f'the label holds {int((v.data != np.round(v.data)).sum())} voxels that are not whole numbers', 'class numbers', kind='label-values')
+    off = int((np.abs(v.data - np.round(v.data)) > 1e-3).sum())      # a stored slope leaves 0.99999
+    if off: raise ReadError(f'the label holds {off} voxels that are not whole numbers', 'class numbers', kind='label-values')
+    v = Volume(np.round(v.data), v.grid, v.dims)
     values = np.unique(v.data).astype(int).tolist()
     if cfg.label_values is not None and (bad := [k for k in values if k not in cfg.label_values]):
         raise ReadError(f'the label holds {bad[:8]}', f'values among {list(cfg.label_values)}', 'correct the label, or name every value in label_values', kind='label-values')
@@ -256,27 +258,17 @@ def to_file_space(
     return np.ascontiguousarray(y if maps else y[0]).astype(x.dtype if x.dtype.kind in 'iub' else np.float32), file
 
 # %% ../../nbs/17_data.prepare.ipynb #6f8de08c
-def read_text(
+def report_text(
     f:dict,         # FILE entry, format `text` or `csv`; `item` is the row of a table
     paths:list,
-    columns=None,   # of the table; None takes the only one, or those ingest named
 )->str:
-    "The words of a report."
-    import csv
-    p = Path(paths[0])
-    if not p.is_file(): raise ReadError('no such file', kind='missing')
-    try: text = p.read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError: raise ReadError('the text is not UTF-8', 'UTF-8', 'convert it', kind='unreadable') from None
-    if f['format'] == 'csv':
-        delimiter = '\t' if p.name.lower().endswith('.tsv') else ','
-        rows = list(csv.DictReader(text.splitlines(True), delimiter=delimiter)); i = f.get('item')
-        if i is None or not 0 <= i < len(rows): raise ReadError(f'row {i} of {len(rows)}', 'a row of the table', 'ingest again', kind='item')
-        columns = list(columns or f.get('columns') or ([next(iter(rows[i]))] if len(rows[i]) == 1 else []))
-        if not columns: raise ReadError(f'a table with the columns {", ".join(rows[i])}', 'which of them hold text', 'set text_columns', kind='columns')
-        for c in columns: choose(c, rows[i], 'text column')
-        text = '\n'.join(rows[i][c].strip() for c in columns if (rows[i][c] or '').strip())
-    if not text.strip(): raise ReadError('the report is empty', 'words', kind='empty')
-    return text.strip()
+    "The words of a report, if they are still those that were ingested."
+    if not Path(paths[0]).is_file(): raise ReadError('no such file', kind='missing')
+    try: text = read_text(paths[0], f.get('item'), f.get('columns')).strip()
+    except IndexError: raise ReadError(f'the table has no row {f.get("item")}', todo='ingest again', kind='changed') from None
+    if not text: raise ReadError('the report is empty', 'words', kind='empty')
+    if f.get('sha256') not in (None, hashlib.sha256(text.encode()).hexdigest()): raise ReadError('the report changed since it was ingested', 'the same words', 'ingest again', kind='changed')
+    return text
 
 # %% ../../nbs/17_data.prepare.ipynb #47bd090f
 FORMAT = 1   # raise when prepared voxels change their meaning
@@ -286,7 +278,7 @@ def fingerprint(
     cfg:PrepareConfig,
 )->str:              # 16 hex digits
     "What a prepared case depends on."
-    idle = ('manifest', 'out', 'limit', 'workers', 'dry_run', 'progress', 'text_columns')
+    idle = ('manifest', 'out', 'limit', 'workers', 'dry_run', 'progress')
     files = {n: {k: f.get(k) for k in ('file', 'item', 'sha256', 'channels', 'dtype', 'resample_to')} for part in ('images', 'labels') for n,f in (row.get(part) or {}).items() if isinstance(f, dict)}
     text = json.dumps([FORMAT, {k: v for k,v in to_dict(cfg).items() if k not in idle}, row['dims'], files], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
@@ -411,7 +403,7 @@ def prepare(
         problems,size = _work(jobs, cfg)
         for r in rows:
             if r['case'] in done and {k: done[r['case']].get(k) for k in about(r)} != about(r): _refresh(out, r)
-        problems += _reports(out, texts, files, cfg)
+        problems += _reports(out, texts, files)
         write_jsonl(out/'problems.jsonl', problems)
         write_json(out/'meta.json', dict(format=FORMAT, config={k: v for k,v in to_dict(cfg).items() if k not in ('manifest', 'out')}))
         failed = {p['case'] for p in problems}
@@ -463,12 +455,12 @@ def _work(jobs, cfg):
     order = {j[0]['case']: i for i,j in enumerate(jobs)}
     return sorted(problems, key=lambda p: order[p['case']]), size
 
-def _reports(out, texts, files, cfg):
+def _reports(out, texts, files):
     "Words of dims-1 cases, under their pseudonyms."
     done,problems = [],[]
     for r in texts:
         f = next(iter(r['images'].values()))
-        try: done.append(dict(case=r['case'], **about(r), text=read_text(f, files(r)[f['file']], cfg.text_columns)))
+        try: done.append(dict(case=r['case'], **about(r), text=report_text(f, files(r)[f['file']])))
         except UserError as e: problems.append(dict(case=r['case'], kind=getattr(e, 'kind', 'unusable'), reason=getattr(e, 'reason', str(e)), severity='error'))
     if texts: write_jsonl(Path(out)/'reports.jsonl', done)
     return problems
