@@ -94,8 +94,8 @@ def along(
     if ax == x.ndim-1: return (x.flatten(1, -2) @ W.transpose(1, 2)).unflatten(1, x.shape[1:-1])
     n,pre,post = len(x),x.shape[1:ax],x.shape[ax+1:]
     if pre.numel() == 1: return (W @ x.reshape(n, x.shape[ax], -1)).view(n, *pre, W.shape[1], *post)
-    y = W[:,None] @ x.reshape(n, pre.numel(), x.shape[ax], -1)
-    return y.view(n, *pre, W.shape[1], *post)
+    y = torch.einsum('nts,npsr->nptr', W, x.reshape(n, pre.numel(), x.shape[ax], -1))   # a batched product would copy W for every slice
+    return y.reshape(n, *pre, W.shape[1], *post)
 
 # %% ../../nbs/12_data.transforms.ipynb #dadcd2bc
 def box_matrix(
@@ -166,23 +166,26 @@ def resample(
     K,kind = N//B,x.dtype
     A,c,Sd = A.double().cpu(),c.double().cpu(),torch.tensor(S).double()
     y = x if kind in (torch.float32, torch.float64) else x.float()
-    sample = lambda v, A, c: F.grid_sample(v, _grid(A.to(v), c.to(v), size, v.shape[2:]), 'bilinear' if mode == 'linear' else 'nearest', 'border', False)
+    sample = lambda v, g: F.grid_sample(v, g, 'bilinear' if mode == 'linear' else 'nearest', 'border', False)
     reach = (A.abs() * (torch.tensor(size) - 1)/2).sum(-1)                       # half of the box around all points
     width = A.norm(dim=-1)                                                        # footprint of an output voxel, per input axis
     width = width.where(width > 1 + 1e-6, torch.ones(()).double())
     if mode == 'nearest' or not antialias or not (width > 1).any():
         g = _grid(A.to(y), c.to(y), size, S).view(B, K*size[0], *size[1:], len(S))
-        out = F.grid_sample(y, g, 'bilinear' if mode == 'linear' else 'nearest', 'border', False)
-        out = out.view(B, C, K, *size).transpose(1, 2)
+        out = sample(y, g).view(B, C, K, *size).transpose(1, 2).flatten(0, 1)
     else:
         lo = (c - reach - width/2 - 1).floor().clamp_min(0).minimum(Sd - 1).long()
         hi = (c + reach + width/2 + 2).ceil().clamp_min(1).minimum(Sd).long()
-        n = chunk or (1 if x.device.type == 'cpu' else N)
-        out = torch.cat([sample(*_cut(y, A[k], c[k], lo[k], hi[k], width[k], k // K)) for k in torch.arange(N).split(n)])
-        out = out.view(B, K, C, *size)
-    if ((c - reach < -.5 - 1e-3) | (c + reach > Sd - .5 + 1e-3)).any():
-        keep = _inside(A.to(y), c.to(y), size, S).view(B, K, 1, *size)
-        out = out.where(keep, torch.as_tensor(fill).to(out))
+        n,out = chunk or (1 if x.device.type == 'cpu' else N),[]
+        for k in torch.arange(N).split(n):
+            part,a,m = _cut(y, A[k], c[k], lo[k], hi[k], width[k], k // K)
+            out.append(sample(part, _grid(a.to(y), m.to(y), size, part.shape[2:])))
+        out = torch.cat(out)
+    far = ((c - reach < -.5 - 1e-3) | (c + reach > Sd - .5 + 1e-3)).any(1).nonzero()[:,0]      # crops that stick out
+    if len(far):
+        keep,far = _inside(A[far].to(y), c[far].to(y), size, S)[:,None],far.to(y.device)
+        out = out.index_copy(0, far, out[far].where(keep, torch.as_tensor(fill).to(out)))
+    out = out.view(B, K, C, *size)
     return out.to(kind)
 
 # %% ../../nbs/12_data.transforms.ipynb #4d368728
@@ -259,7 +262,7 @@ def apply_noise(
     "Add a Gaussian field to each case."
     g = torch.Generator(device=x.device)
     field = torch.stack([torch.randn(x.shape[1:], generator=g.manual_seed(s), device=x.device, dtype=x.dtype) for s in d['seed'].tolist()])
-    return x + per_case(d['std'], x) * field
+    return torch.addcmul(x, per_case(d['std'], x), field)
 
 # %% ../../nbs/12_data.transforms.ipynb #0d62beca
 def blur_matrix(
@@ -436,12 +439,13 @@ def zscore(
 )->Tensor:            # like x
     "Zero mean, unit deviation, for each case and channel; constant ones become zero."
     ax = tuple(range(2, x.ndim))
-    w = torch.ones_like(x) if mask is None else mask.to(x).expand_as(x)
-    n = w.sum(ax, keepdim=True).clamp_min(1)
     small = (eps * x.detach().abs().amax(ax, keepdim=True)).clamp_min(eps)**2
-    x = x - (x*w).sum(ax, keepdim=True) / n
-    var = (x*x*w).sum(ax, keepdim=True) / n
-    return torch.where(var > small, x * var.clamp_min(small).rsqrt(), torch.zeros_like(x))
+    if mask is None: var,mean = torch.var_mean(x, ax, correction=0, keepdim=True)
+    else:
+        w = mask.to(x).expand_as(x); n = w.sum(ax, keepdim=True).clamp_min(1)
+        mean = (x*w).sum(ax, keepdim=True) / n
+        var = ((x - mean).square()*w).sum(ax, keepdim=True) / n
+    return (x - mean) * torch.where(var > small, var.clamp_min(small).rsqrt(), torch.zeros((), dtype=x.dtype, device=x.device))
 
 def normalise(
     x:Tensor,  # (n, C, *S)
