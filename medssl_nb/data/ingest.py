@@ -7,10 +7,10 @@ __all__ = ['TOKENS', 'MR_KINDS', 'CONTRAST', 'LABEL', 'NOISE', 'PAIRS', 'IMAGE_D
            'DICOM_MODALITY', 'NOT_IMAGES', 'TEXT_COLUMNS', 'SUBJECTS', 'CLASSES', 'ROLES', 'LAYOUTS', 'WANTED', 'words',
            'modality_of', 'Item', 'Problem', 'walk', 'pair_files', 'cut_visit', 'is_label', 'label_name', 'stem',
            'name_item', 'channel_names', 'match_labels', 'find_named', 'compile_pattern', 'find_pattern', 'find_bids',
-           'dicom_modality', 'dicom_key', 'find_dicom', 'progress', 'read_table', 'read_text', 'find_npz', 'find_text',
-           'pick_column', 'label_value', 'join_labels', 'find_table', 'IngestConfig', 'check_config', 'looks_like_bids',
-           'find_items', 'find_label_dir', 'probe_item', 'by_grid', 'make_cases', 'join_grids', 'Names', 'case_row',
-           'ingest', 'twins', 'summary']
+           'dicom_modality', 'dicom_key', 'split_series', 'find_dicom', 'progress', 'read_table', 'read_text',
+           'find_npz', 'find_text', 'pick_column', 'label_value', 'join_labels', 'find_table', 'IngestConfig',
+           'check_config', 'looks_like_bids', 'find_items', 'find_label_dir', 'probe_item', 'by_grid', 'make_cases',
+           'join_grids', 'Names', 'case_row', 'ingest', 'twins', 'summary']
 
 # %% ../../nbs/16_data.ingest.ipynb #4815e7f2
 import csv
@@ -30,7 +30,7 @@ from .volume import Grid, ReadError, dicom_header, guess_format, npz_rows, probe
 # %% ../../nbs/16_data.ingest.ipynb #7370ad4d
 TOKENS = {m: n for n,ms in dict(
     t1='t1 t1w t1n mprage t1weighted bravo', t1c='t1c t1ce t1gd t1km t1wce t1cw t1post', t2='t2 t2w t2weighted', flair='flair fla t2f t2flair',
-    dwi='dwi dti trace', adc='adc', mra='mra tof angio', pd='pd pdw', t2s='t2s t2star t2starw t2sw', mt_on='mt1 mton', mt_off='mt0 mtoff',
+    dwi='dwi dti dmri trace', adc='adc', mra='mra tof angio', pd='pd pdw', t2s='t2s t2star t2starw t2sw', mt_on='mt1 mton', mt_off='mt0 mtoff',
     mr='mr mri fmri epi bold asl', ct='ct cta cect ncct', pet='pet pt suv fdg', xr='xr cr dx cxr xray radiograph', he='he hne').items() for m in ms.split()}
 MR_KINDS = set('t1 t1c t2 flair dwi adc mra pd t2s mt_on mt_off'.split())
 CONTRAST = set('gd ce post contrast gad gadolinium km postcontrast'.split())
@@ -283,11 +283,32 @@ def dicom_modality(ds, folder, extra={}):
         if m in MR_KINDS: return m
     return 'mr'
 
-def dicom_key(ds, uid):
-    "What slices must share to be one volume."
-    iop = ds.get('ImageOrientationPatient'); placed = iop is not None and ds.get('ImagePositionPatient') is not None or 'PerFrameFunctionalGroupsSequence' in ds
-    turn = tuple(float(t) for t in np.round(np.array(iop, float), 1) + 0.) if iop is not None and len(iop) == 6 else ()
-    return str(ds.get('StudyInstanceUID') or ''), str(ds.get('SeriesInstanceUID') or ''), int(ds.Rows), int(ds.Columns), turn, '' if placed else uid
+def dicom_key(ds, path):
+    "What slices must share to be one volume; an image without a position stands alone."
+    placed = ds.get('ImageOrientationPatient') is not None and ds.get('ImagePositionPatient') is not None
+    return str(ds.get('StudyInstanceUID') or ''), str(ds.get('SeriesInstanceUID') or ''), int(ds.Rows), int(ds.Columns), '' if placed else str(path)
+
+def split_series(
+    found:list,   # `(path, (SOP instance, position), orientation, what is known)` of one series
+)->tuple:         # lists of them, one a volume; problems
+    "By direction of the slices, by folder where the series was copied, each image once."
+    turns = []
+    for f in found:
+        home = next((t for t in turns if f[2] is None or np.abs(np.subtract(t[0][2], f[2])).max() < .05), None)
+        if home is None: turns.append([f])
+        else: home.append(f)
+    out,problems = [],[]
+    for part in turns:
+        by = {}
+        for f in part: by.setdefault(Path(f[0]).parent, []).append(f)
+        copied = len({f[1] for f in part}) < len(part)
+        for here in by.values() if copied else [part]:
+            once = {}
+            for f in here:
+                if f[1] in once: problems.append(Problem([f[0]], 'duplicate', 'the same image (same instance, same position) as another file of its folder', 'warning'))
+                else: once[f[1]] = f
+            out.append(list(once.values()))
+    return out,problems
 
 # %% ../../nbs/16_data.ingest.ipynb #ae14902b
 def find_dicom(
@@ -304,24 +325,21 @@ def find_dicom(
                 problems.append(Problem([p], 'not-image', f'a DICOM object without an image: {NOT_IMAGES.get(tag, "of another kind")}', 'warning')); continue
             about = f"{ds.get('SeriesDescription') or ''} {ds.get('ProtocolName') or ''} {' '.join(ds.get('ImageType') or [])}"
             if {'localizer', 'localiser', 'scout', 'topogram', 'survey'} & set(words(about)): problems.append(Problem([p], 'localiser', 'a localiser', 'warning')); continue
-            uid = str(ds.get('SOPInstanceUID') or p)
+            place = lambda t: tuple(float(x) for x in ds[t].value) if ds.get(t) is not None else None
+            uid = str(ds.get('SOPInstanceUID') or p),place('ImagePositionPatient')
             known = dict(modality=dicom_modality(ds, Path(p).parent.name, cfg.modality_map), subject=str(ds.get('PatientID') or '').strip(), session=str(ds.get('StudyInstanceUID') or ''), space=str(ds.get('FrameOfReferenceUID') or '') or None)
-            groups.setdefault(dicom_key(ds, uid), []).append((p, uid, known))
+            groups.setdefault(dicom_key(ds, p), []).append((p, uid, place('ImageOrientationPatient'), known))
         except ReadError as e: problems.append(Problem([p], e.kind, e.reason))
         except Exception as e: problems.append(Problem([p], 'unreadable', f'the DICOM header cannot be read ({type(e).__name__})'))
     items = []
     for key,found in sorted(groups.items(), key=lambda kv: str(kv[1][0][0])):
-        parts = [found]
-        if len({u for _,u,_ in found}) < len(found):                       # the same image twice: copies in several folders
-            by = {}
-            for f in found: by.setdefault(Path(f[0]).parent, []).append(f)
-            parts = list(by.values())
+        parts,more = split_series(found); problems += more
         for part in parts:
-            known = part[0][2]
-            if not known['subject']: problems.append(Problem([p for p,_,_ in part], 'no-subject', 'no PatientID; the study counts as a person of its own', 'warning'))
-            subject = known['subject'] or f"study {known['session']}" if known['session'] or known['subject'] else str(part[0][0])
-            case = f"{subject}|{known['session']}|{key[5]}"
-            items.append(Item([p for p,_,_ in part], 'dicom', **(known | dict(subject=subject)), case=case))
+            known = part[0][3]; files = [f[0] for f in part]
+            if not known['subject']: problems.append(Problem(files, 'no-subject', 'no PatientID; the study counts as a person of its own', 'warning'))
+            subject = known['subject'] or f"study {known['session']}" if known['session'] or known['subject'] else str(files[0])
+            case = f"{subject}|{known['session']}|{key[4]}"
+            items.append(Item(files, 'dicom', **(known | dict(subject=subject)), case=case))
     return items,problems
 
 def progress(xs, what, cfg):
@@ -450,7 +468,7 @@ def find_table(
         if get('subject'): known |= dict(subject=get('subject'))
         if fmt == 'npz': new,more = find_npz(p, cfg, modality=modality_of(get('modality'), cfg.modality_map), group=known['group'])
         elif role in ('text', 'report') and fmt in ('csv', 'text'): new,more = find_text(p, cfg, group=known['group'])
-        elif role not in ROLES: new,more = [],[Problem([p], 'ignored', 'its role in the table is not image, label or text', 'warning')]
+        elif role not in ROLES or fmt in ('csv', 'text'): new,more = [],[Problem([p], 'ignored', 'its role in the table is not image, label or text', 'warning')]
         else:
             m = modality_of(get('modality'), cfg.modality_map) if get('modality') else modality_of(stem(p), cfg.modality_map)
             values = {} if role in ('label', 'mask') else {('class' if len(cfg.label_columns) == 1 else c): label_value(r[c]) for c in cfg.label_columns if r.get(c)}
@@ -485,6 +503,7 @@ class IngestConfig:
     resample_to_reference:bool=False  # mark volumes of one session on other grids for resampling, instead of keeping them apart
     group:str=''                 # a word for the whole set, e.g. the name of the study
     key:Path|None=None           # site key for pseudonyms; without it one is made in out/private
+    frame:int|None=None          # of files that hold several volumes (time, b-value); without it they are problems
     text_columns:tuple[str,...]=()   # columns of a table of reports
     verify:bool=True             # decode every volume once, so that broken files are found now
     progress:bool=True           # show a bar
@@ -506,8 +525,8 @@ def check_config(cfg):
 WANTED = dict(nifti=('nifti', 'sitk'), bids=('nifti', 'sitk'), dicom=('dicom',), images=('image',), npz=('npz',), text=('text', 'csv'))
 
 def looks_like_bids(root):
-    "A description file, or folders sub-*."
-    return Path(root).is_dir() and ((Path(root)/'dataset_description.json').is_file() or any(q.is_dir() for q in Path(root).glob('sub-*')))
+    "A description file, or folders sub-* with files sub-*."
+    return Path(root).is_dir() and ((Path(root)/'dataset_description.json').is_file() or any(True for q in Path(root).glob('sub-*/**/sub-*_*.nii*')))
 
 def find_items(
     cfg,         # `IngestConfig`
@@ -568,8 +587,13 @@ def probe_item(
         return dict(format=i.format, item=i.item, shape=[len(t)], spacing=[], affine=[], orientation='', channels=1, dtype='utf-8', sha256=hashlib.sha256(t.encode()).hexdigest(), dims=1) | ({'columns': i.columns} if i.columns else {}),[]
     channels = (1 if i.role == 'label' else {'xr': 1, 'he': 3}.get(i.modality)) if i.format in ('image', 'npz', 'dicom') else None
     try: f = probe(i.paths, i.format, i.item, channels, cfg.verify)
-    except ReadError as e: return None,[Problem(i.paths, e.kind, e.reason)]
+    except ReadError as e:
+        if e.kind == '4d' and cfg.frame is not None and i.item is None: return probe_item(replace(i, item=cfg.frame), cfg)
+        return None,[Problem(i.paths, e.kind, e.reason.replace('item=0, 1, …', '--frame 0') if e.kind == '4d' else e.reason)]
     except UserError as e: return None,[Problem(i.paths, 'format', 'the format is not known or not an image')]
+    look = f.pop('look', {})
+    if i.role == 'image' and f['dims'] == 3 and look.get('few'): return None,[Problem(i.paths, 'mask-like', 'an image with fewer than nine different values: a mask, or empty; a mask needs seg, label or mask in its name, or a folder labels')]
+    if i.role == 'label' and look.get('whole') is False: return None,[Problem(i.paths, 'label-values', 'a label whose values are not whole numbers')]
     return f,[Problem(i.paths, w.split(':')[0], w.partition(': ')[2], 'warning') for w in f.pop('warnings', [])]
 
 def by_grid(
@@ -667,7 +691,8 @@ def ingest(
     cfg,        # `IngestConfig`
 )->dict:        # counts, and `out`
     "Make a manifest of a folder; ends with a table of what was found."
-    check_config(cfg)
+    check_config(cfg); whole = lambda p: Path(os.path.abspath(p)) if p else None
+    cfg = replace(cfg, src=whole(cfg.src), table=whole(cfg.table), labels=whole(cfg.labels), label_dir=whole(cfg.label_dir))   # pseudonyms must not depend on where one stands
     items,problems,layout = find_items(cfg)
     root = Path(cfg.src) if cfg.src and Path(cfg.src).is_dir() else Path(cfg.src or cfg.table).parent
     for i in items:
@@ -705,7 +730,7 @@ def twins(rows, names):
             if f['format'] in ('text', 'csv'): continue
             first = seen.setdefault(f['sha256'], r['subject'])
             if first != r['subject'] and f['file'] in names.rows:
-                row = names.rows[f['file']]; out.append(Problem([Path(row['root'])/p for p in row['paths']], 'twin', 'the same file as one of another person', 'warning'))
+                row = names.rows[f['file']]; out.append(Problem([Path(row['root'])/p for p in row['paths']], 'twin', 'the same voxels as an image of another person' + (f' (item {f["item"]})' if f['item'] is not None else ''), 'warning'))
     return out
 
 # %% ../../nbs/16_data.ingest.ipynb #4d0951e8

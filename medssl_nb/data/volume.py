@@ -7,7 +7,7 @@ __all__ = ['NPZ_SPLITS', 'OPENERS', 'SUFFIXES', 'Grid', 'flat_grid', 'Volume', '
            'spaced_grid', 'resample', 'window_hu', 'hu_to_unit', 'ReadError', 'Opened', 'check_affine', 'check_values',
            'open_nibabel', 'pick_item', 'open_sitk', 'open_image', 'set_channels', 'npz_rows', 'open_npz', 'Slice',
            'dicom_header', 'dicom_slices', 'stack_slices', 'dicom_values', 'open_dicom', 'guess_format', 'open_volume',
-           'read_volume', 'probe', 'sha256_files', 'write_nifti']
+           'read_volume', 'probe', 'look_at', 'sha256_files', 'write_nifti']
 
 # %% ../../nbs/10_data.volume.ipynb #17c52a81
 import gzip
@@ -380,7 +380,8 @@ class Slice:
     position:tuple  # LPS mm of the first pixel, or None
     rows:tuple      # six numbers: direction along a row, then along a column; or None
     pixel:tuple     # `(h, w)` mm
-    step:float      # mm to the next slice as the header says, or None
+    step:float      # mm to the next slice as the header says, or its thickness; or None
+    sure:bool=False # the header does say the step; a thickness alone may differ from it
 
 def dicom_header(path, pixels=False):
     "A data set; files without a preamble are read too, if they look like DICOM inside."
@@ -410,7 +411,7 @@ def dicom_slices(ds, file=0):
         m = lambda tag: find(f, 'PixelMeasuresSequence', tag)
         gap,thick = m('SpacingBetweenSlices'),m('SliceThickness')
         out.append(Slice(file, f, numbers(find(f, 'PlanePositionSequence', 'ImagePositionPatient'), 3), numbers(find(f, 'PlaneOrientationSequence', 'ImageOrientationPatient'), 6),
-            numbers(m('PixelSpacing'), 2) or numbers(ds.get('ImagerPixelSpacing'), 2) or (1., 1.), float(gap or thick or 0) or None))
+            numbers(m('PixelSpacing'), 2) or numbers(ds.get('ImagerPixelSpacing'), 2) or (1., 1.), float(gap or thick or 0) or None, bool(gap)))
     return out
 
 # %% ../../nbs/10_data.volume.ipynb #c1bb7b6b
@@ -442,7 +443,7 @@ def stack_slices(
         if gaps.max() > 1.5*usual or gaps.min() < .5*usual: raise ReadError(f'uneven steps between slices ({gaps.min():.2f} to {gaps.max():.2f} mm, usually {usual:.2f}): slices are missing', 'a complete series', 'export it again', kind='gap')
         if gaps.max() - gaps.min() > .05*usual: warn.append(f'spacing: steps between slices vary from {gaps.min():.3f} to {gaps.max():.3f} mm; their mean is used')
         step = (last - first)/(len(out)-1)
-        if out[0].step and abs(np.linalg.norm(step) - out[0].step) > .05*out[0].step: warn.append('spacing: the steps between positions differ from the header; the positions are used')
+        if out[0].sure and abs(np.linalg.norm(step) - out[0].step) > .05*out[0].step: warn.append('spacing: the steps between positions differ from the header; the positions are used')
     else: step = normal*(out[0].step or 1.)
     a = np.eye(4); a[:3,0],a[:3,1],a[:3,2],a[:3,3] = step,col*s0.pixel[0],row*s0.pixel[1],first
     a = np.diag([-1, -1, 1, 1.]) @ a                               # DICOM's LPS -> RAS
@@ -571,15 +572,25 @@ def probe(
     item=None,
     channels=None,       # 1 or 3 where the caller knows
     verify:bool=True,    # decode the voxels too, so that a broken file is found now and not in the middle of a night
-)->dict:                 # the FILE entry of the manifest, without its pseudonym; `warnings` where there are any
+)->dict:                 # the FILE entry of the manifest, without its pseudonym; also `look` (with `verify`) and `warnings` where there are any
     "What a file holds."
     paths = [Path(p) for p in (paths if isinstance(paths, (list, tuple)) else [paths])]
     o = open_volume(paths, format, item); c = channels or o.channels
     format = format or guess_format(paths[0])
-    if verify or format in ('image', 'npz') and channels is None: c = _volume(o, np.asarray(o.load(), np.float32), paths, channels, True).shape[0]
+    look = {}
+    if verify or format in ('image', 'npz') and channels is None:
+        v = _volume(o, np.asarray(o.load(), np.float32), paths, channels, True); c = len(v.data); look = look_at(v.data)
     digest = hashlib.sha256(np.ascontiguousarray(o.load()).tobytes()).hexdigest() if format == 'npz' else sha256_files(paths)
     out = dict(format=format, item=item, **o.grid.to_dict(), channels=c, dims=o.dims, dtype=o.dtype, sha256=digest)
-    return out | (dict(warnings=list(o.warnings)) if o.warnings else {})
+    return out | (dict(look=look) if verify else {}) | (dict(warnings=list(o.warnings)) if o.warnings else {})
+
+def look_at(
+    x:np.ndarray,   # voxels
+    few:int=8,
+)->dict:            # `few`: at most eight different values; `whole`: whole numbers only
+    "What tells a mask from an image."
+    some = np.unique(x.ravel()[::max(1, x.size//4096)])                         # a sample decides quickly in the usual case
+    return dict(few=len(some) <= few and len(np.unique(x)) <= few, whole=bool((some == np.round(some)).all() and (x == np.round(x)).all()))
 
 def sha256_files(paths)->str:
     "Checksum of a file; of several, over their sorted checksums, so that the order of names does not matter."
