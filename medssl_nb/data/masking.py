@@ -85,7 +85,7 @@ def cross_fill(
     if mask.shape[0] != a.shape[0] or mask.shape[2:] != a.shape[2:]: raise UserError(f'mask {tuple(mask.shape)} for images {tuple(a.shape)}', 'the same cases and spatial size')
     return torch.where(mask > .5, torch.as_tensor(b, dtype=a.dtype, device=a.device), a)
 
-# %% ../../nbs/14_data.masking.ipynb #5d33bdb8
+# %% ../../nbs/14_data.masking.ipynb #828c6f73
 def draw_partners(
     present:Tensor,  # (B, M) bool
     gen,             # CPU generator
@@ -106,7 +106,7 @@ def pick_channel(
     if (i < 0).any() or (i >= x.shape[1]).any(): raise UserError(f'channels {i.tolist()} of {x.shape[1]}', 'indices that exist', 'a partner of -1 means that the case has none')
     return x[torch.arange(len(x), device=x.device), i.to(x.device)][:,None]
 
-# %% ../../nbs/14_data.masking.ipynb #ec0226b6
+# %% ../../nbs/14_data.masking.ipynb #8e9cfb7c
 def draw_dropped(
     present:Tensor,   # (B, M) bool
     gen,              # CPU generator
