@@ -18,8 +18,7 @@ import csv
 import gzip
 import io
 import json
-import shutil
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -275,13 +274,13 @@ def head_mix(
 def draw_lesion(
     rng,         # generator
     warp:Warp,   # the subject
-    radius:tuple=(6.,13.),  # core and rim together, mm
+    radius:tuple=(7.,14.),  # core and rim together, mm
 )->dict:         # everything about one lesion; positions in world mm of the subject
     "A random lesion in the white matter of one hemisphere."
     c = np.array([rng.choice([-1.,1.])*rng.uniform(22, 42), rng.uniform(-48, 44), rng.uniform(4, 34)])
     r = rng.uniform(*radius)
     return dict(canonical=c, centre=warp.to_subject(c[:,None])[:,0], radius=r, rim=0. if rng.random() < .25 else rng.uniform(2.5, min(5, r*.5)),
-        halo=rng.uniform(4, 14), rough=rng.uniform(.05, .15)*r, edge=draw_waves(rng, 8, (14,40)), push=-rng.uniform(.05, .3), side='')
+        halo=rng.uniform(4, 14), wet=rng.uniform(.65, 1), rough=rng.uniform(.05, .15)*r, edge=draw_waves(rng, 8, (14,40)), push=-rng.uniform(.05, .3))
 
 def lesion_shares(
     p,              # world points of the subject `(3, ...)`, mm
@@ -362,6 +361,8 @@ def head_case(
     p = grid_points(shape, affine); width = float(np.prod(spacing)**(1/3))
     canonical = W.to_canonical(p)
     mix = head_mix(canonical, width, g('caps').uniform(0, .7))
+    for c in g('scars').uniform((-40,-50,6), (40,48,36), (g('scar count').integers(0, 4), 3)):  # harmless bright spots, not labelled
+        paint(mix, 'caps', .85*cover(ellipsoid(canonical, c, (3.5,4.5,3.5)), width), over=('wm',))
     label = _paint_lesions(mix, p, todo, width)
     images = {}
     for m in modalities:
@@ -378,7 +379,7 @@ def head_case(
 def _paint_lesions(mix, p, lesions, width):
     "Paint lesions over the brain; the label is 1 core, 2 oedema, 3 rim where a lesion fills more than half of a voxel."
     for l in lesions:
-        s = lesion_shares(p, l, width); brain = ('gm','wm','deep','csf','caps','vessel','core','oedema','rim')
+        s = lesion_shares(p, l, width); s['halo'] = s['halo']*l['wet']; brain = ('gm','wm','deep','csf','caps','vessel','core','oedema','rim')
         paint(mix, 'oedema', s['halo'], over=('wm','caps')); paint(mix, 'oedema', .35*s['halo'], over=('gm','deep'))
         whole = s['core'] + s['rim']; inner = s['core']/np.maximum(whole, 1e-9)
         moved = sum(mix.get(t, 0) for t in brain)*whole
@@ -441,7 +442,7 @@ def mpmri_phantom(
     return as_batch(im, ~gone, cases[0]['spacing'], label=torch.as_tensor(np.stack([c['label'] for c in cases])[:,None].astype(np.int64)))
 
 # %% ../../nbs/11_data.phantom.ipynb #ba4a2f53
-HU = dict(air=-1000., fat=-95., muscle=45., bone=620., marrow=220., lung=-850., heart=42., liver=58., vessel=48., airway=-980., nodule=30., opacity=0.)
+HU = dict(air=-1000., fat=-95., muscle=45., bone=620., marrow=220., lung=-850., heart=42., liver=58., vessel=48., airway=-980., nodule=30., opacity=20.)
 LOBES = {('right','upper'): (62,8,58), ('right','middle'): (72,38,-4), ('right','lower'): (72,-32,-40), ('left','upper'): (-64,10,52), ('left','lower'): (-76,-34,-36)}
 
 def draw_findings(
@@ -455,7 +456,7 @@ def draw_findings(
     out['enlarged'] = out['heart'] > 1.15
     # everything is drawn, wanted or not: the rest of the person stays the same whatever the caller asks for
     yes,k = bool(rng.random() < .5),lobes[rng.integers(len(lobes))]
-    one = dict(side=k[0], lobe=k[1], centre=place(k, 12), radius=float(rng.uniform(26, 44)), density=float(rng.uniform(.4, .9)), edge=draw_waves(rng, 10, (18,60)))
+    one = dict(side=k[0], lobe=k[1], centre=place(k, 12), radius=float(rng.uniform(34, 54)), density=float(rng.uniform(.55, 1)), edge=draw_waves(rng, 10, (18,60)))
     if yes if opacity is None else opacity: out['opacity'] = one
     some = int(rng.integers(0, 3))
     for _ in range(some if nodules is None else nodules):
@@ -699,7 +700,7 @@ def write_report(
     heart = pick('The heart is enlarged.', 'Cardiac silhouette is enlarged.', 'Mild cardiomegaly.') if find['enlarged'] else pick('The heart is normal in size.', 'Heart size is within normal limits.', 'Normal cardiac silhouette.')
     out,short = [heart],[]
     if o := find['opacity']:
-        grade = 'dense' if o['density'] > .55 else 'patchy'
+        grade = 'dense' if o['density'] > .78 else 'patchy'
         out.append(pick(f"There is a {grade} opacity in the {o['side']} {o['lobe']} lobe.", f"{grade.capitalize()} consolidation is seen in the {o['side']} {o['lobe']} lobe.",
             f"{o['side'].capitalize()} {o['lobe']} lobe airspace opacity, {grade}."))
         short.append(f"{o['side'].capitalize()} {o['lobe']} lobe pneumonia.")
@@ -803,7 +804,7 @@ class SamplesConfig:
     out:str='data_samples'     # folder to write
     seed:int=0                 # same seed, same bytes
     heads:int=24               # subjects in the BIDS tree
-    cts:int=4                  # chest CT, as DICOM series
+    cts:int=3                  # chest CT, as DICOM series
     head_series:int=1          # heads that are also written as DICOM
     xrays:int=60               # PNG
     tiles:int=45               # PNG
@@ -816,7 +817,7 @@ class SamplesConfig:
 
 BIDS_NAMES = {'t1': 'T1w', 't1c': 'ce-gadolinium_T1w', 't2': 'T2w', 'flair': 'FLAIR', 'dwi': 'dwi', 'adc': 'ADC'}
 XRAY_CLASSES = ('normal','pneumonia')
-_LEVELS = .35                  # stored brightness per unit: noise of a few grey levels is enough, and compresses
+_LEVELS = .22                  # stored brightness per unit: noise of a few grey levels is enough, and compresses
 
 def sample_head(
     cfg:SamplesConfig, i:int,  # number of the subject, from 0
@@ -854,8 +855,8 @@ def write_dicoms(root:Path, cfg:SamplesConfig, bar):
         c,name = chest_case(cfg.seed, cfg.ct_shape, subject=i),f'chest-{i+1:03d}'
         save_dicom(root/name/'ct', c['hu'], c['affine'], 'CT', f'PHANTOM-{name.upper()}', 'CT chest', cfg.seed, 'chest', 2)
         save_nifti(root.parent/'truth'/'ct_labels'/f'{name}_seg.nii.gz', c['label'], c['affine']); bar.update()
-    for i in range(cfg.head_series):
-        c,name = sample_head(cfg, i),f'head-{i+1:03d}'
+    for i in range(cfg.head_series):  # other people than in the BIDS tree: nobody may turn up twice under two names
+        c,name = sample_head(replace(cfg, missing=0.), 100_000 + i),f'head-{i+1:03d}'
         for k,(m,x) in enumerate(c['images'].items()):
             save_dicom(root/name/m, x, c['affine'], 'MR', f'PHANTOM-{name.upper()}', {'t1': 'T1 SE', 't1c': 'T1 SE GD', 't2': 'T2 TSE', 'flair': 'FLAIR'}[m], cfg.seed, 'head', k+1)
         bar.update()
@@ -904,7 +905,6 @@ def write_samples(
     progress:bool=True,   # show a bar
 )->Path:                  # the folder
     "Write the collection."
-    from dataclasses import asdict
     from tqdm import tqdm
     from medssl_nb.core import read_json, sha256_file, write_json
     root = Path(cfg.out); counts = {k: getattr(cfg, k) for k in ('heads','cts','head_series','xrays','tiles','reports')}
