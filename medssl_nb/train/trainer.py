@@ -428,7 +428,7 @@ def loop(
         source = iter(case_loader(cases, cfg, fabric.global_rank, fabric.world_size, tr.step)) if tr.step < cfg.steps else None
         tick = time.perf_counter()
         while tr.step < cfg.steps:
-            micros = []
+            micros,asked = [],time.perf_counter()
             for _ in range(cfg.accum):
                 try: micros.append(next(source))
                 except StopIteration: raise UserError(f'the loader ended at step {tr.step}', f'{cfg.steps} steps of {cfg.accum} micro-batches') from None
@@ -436,8 +436,8 @@ def loop(
             late = cfg.max_minutes is not None and time.monotonic() - begin > 60*cfg.max_minutes
             row,halt = tr.train_step(micros, bool(stop.reason) or late)
             now = time.perf_counter()
-            row.update(volumes_per_s=cfg.batch*cfg.accum*fabric.world_size/(now-tick), wait=(got-tick)/(now-tick))
-            tick = now
+            row.update(volumes_per_s=cfg.batch*cfg.accum*fabric.world_size/(now-tick), wait=(got-asked)/(now-tick))
+            tick = now                              # what follows counts for the next step: the clock has no holes
             if extra is not None:
                 more = extra(tr.step, tr.task) or {}; tr.task.train()
                 if clash := sorted(more.keys() & row.keys()): raise UserError(f'extra returned {clash[0]!r}', 'another name: the row has one already')
