@@ -42,9 +42,9 @@ class MAEConfig:
     @classmethod
     def for_2d(cls, **kw): return cls(**{**dict(region=(224,224), net='resnet18', copies=3, block=32), **kw})
     @classmethod
-    def small3d(cls, **kw): return cls(**{**dict(region=(32,32,32), widths=(8,16,32,64)), **kw})
+    def small3d(cls, **kw): return cls(**{**dict(region=(32,32,32), widths=(16,32,64,128)), **kw})
     @classmethod
-    def small2d(cls, **kw): return cls(**{**dict(region=(64,64), widths=(8,16,32,64)), **kw})
+    def small2d(cls, **kw): return cls(**{**dict(region=(64,64), widths=(16,32,64,128)), **kw})
     @classmethod
     def small(cls, **kw): return cls.small3d(**kw)
 
