@@ -174,8 +174,8 @@ def resample(
         g = _grid(A.to(y), c.to(y), size, S).view(B, K*size[0], *size[1:], len(S))
         out = sample(y, g).view(B, C, K, *size).transpose(1, 2).flatten(0, 1)
     else:
-        lo = (c - reach - width/2 - 1).floor().clamp_min(0).minimum(Sd - 1).long()
-        hi = (c + reach + width/2 + 2).ceil().clamp_min(1).minimum(Sd).long()
+        lo = (c - reach - width - 1).floor().clamp_min(0).minimum(Sd - 1).long()
+        hi = (c + reach + width + 2).ceil().clamp_min(1).minimum(Sd).long()
         n,out = chunk or (1 if x.device.type == 'cpu' else N),[]
         for k in torch.arange(N).split(n):
             part,a,m = _cut(y, A[k], c[k], lo[k], hi[k], width[k], k // K)
@@ -188,7 +188,7 @@ def resample(
     out = out.view(B, K, C, *size)
     return out.to(kind)
 
-# %% ../../nbs/12_data.transforms.ipynb #4d368728
+# %% ../../nbs/12_data.transforms.ipynb #95f7762e
 def apply_affine(
     x:Tensor,           # (n, C, *S), image or label
     a:dict,             # from `draw_affine`
@@ -202,7 +202,7 @@ def apply_affine(
     M,t = affine_matrix(a, spacing)
     return resample(x, M, (torch.tensor(S).double() - 1)/2 + t, S, mode, fill)[:,0]
 
-# %% ../../nbs/12_data.transforms.ipynb #7d301e4a
+# %% ../../nbs/12_data.transforms.ipynb #1c1e77e2
 def draw_turns(
     n:int,           # cases
     dims:int,        # 2 or 3
@@ -228,7 +228,7 @@ def apply_turns(
         out.append(torch.rot90(v.flip(ax) if ax else v, q, (-2,-1)))
     return torch.stack(out)
 
-# %% ../../nbs/12_data.transforms.ipynb #946ae334
+# %% ../../nbs/12_data.transforms.ipynb #ae55d17b
 def draw_gamma(
     n:int,          # cases
     gen,            # CPU generator
@@ -245,7 +245,7 @@ def apply_gamma(
     "sign(x)·|x|^γ."
     return x.sign() * x.abs().clamp_min(torch.finfo(x.dtype).tiny) ** per_case(gamma, x)
 
-# %% ../../nbs/12_data.transforms.ipynb #eec804b2
+# %% ../../nbs/12_data.transforms.ipynb #a8a171b9
 def draw_noise(
     n:int,              # cases
     gen,                # CPU generator
@@ -264,7 +264,7 @@ def apply_noise(
     field = torch.stack([torch.randn(x.shape[1:], generator=g.manual_seed(s), device=x.device, dtype=x.dtype) for s in d['seed'].tolist()])
     return torch.addcmul(x, per_case(d['std'], x), field)
 
-# %% ../../nbs/12_data.transforms.ipynb #0d62beca
+# %% ../../nbs/12_data.transforms.ipynb #1f315bd0
 def blur_matrix(
     sigma:Tensor,         # (n,) voxels; 0 does nothing
     size:int,             # voxels along the axis
@@ -302,7 +302,7 @@ def apply_blur(
     for i in range(x.ndim-2): x = along(x, blur_matrix(s[:,i], x.shape[i+2]), i)
     return x
 
-# %% ../../nbs/12_data.transforms.ipynb #96360142
+# %% ../../nbs/12_data.transforms.ipynb #d8d1a6c2
 def draw_jitter(
     n:int,                # cases
     gen,                  # CPU generator
@@ -345,7 +345,7 @@ def apply_scale_shift(
     v = per_case(d['shift'], x)
     return x * per_case(d['scale'], x) + (v if mask is None else v * mask.to(x))
 
-# %% ../../nbs/12_data.transforms.ipynb #da0cec95
+# %% ../../nbs/12_data.transforms.ipynb #d052cb3f
 def draw_bias(
     n:int,               # cases
     dims:int,            # axes
@@ -370,7 +370,7 @@ def apply_bias(
         f = along(f, (u[:,None] ** torch.arange(c.shape[i+1]).to(x)).expand(len(x), -1, -1), i)
     return x * f.exp()
 
-# %% ../../nbs/12_data.transforms.ipynb #5af52835
+# %% ../../nbs/12_data.transforms.ipynb #1fe282dc
 def draw_cutout(
     n:int,          # cases
     size:tuple,     # spatial size of the images
@@ -397,7 +397,7 @@ def apply_cutout(
         hole = hole & on.view(*on.shape[:2], *[s if j == i else 1 for j in range(dims)])
     return x.masked_fill(hole.any(1)[:,None], value)
 
-# %% ../../nbs/12_data.transforms.ipynb #69e60dba
+# %% ../../nbs/12_data.transforms.ipynb #86a168c3
 def draw_block_swap(
     n:int,               # cases
     size:tuple,          # spatial size of the images
@@ -431,7 +431,7 @@ def apply_block_swap(
     index = table.long().to(x.device)[:,None].expand(-1, x.shape[1], -1)
     return x.flatten(2).gather(2, index).view_as(x)
 
-# %% ../../nbs/12_data.transforms.ipynb #b0f3c223
+# %% ../../nbs/12_data.transforms.ipynb #02ecec4d
 def zscore(
     x:Tensor,         # (n, C, *S)
     mask=None,        # (n, 1|C, *S): voxels that count for mean and deviation; None: all
