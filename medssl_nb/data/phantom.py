@@ -328,12 +328,27 @@ def scanner(
     return np.sqrt((x + n[0])**2 + n[1]**2)
 
 # %% ../../nbs/11_data.phantom.ipynb #8a131a71
+def _paint_lesions(mix, p, lesions, width):
+    "Paint lesions over the brain; the label is 1 core, 2 oedema, 3 rim where a lesion fills more than half of a voxel."
+    for l in lesions:
+        s = lesion_shares(p, l, width); s['halo'] = s['halo']*l['wet']; brain = ('gm','wm','deep','csf','caps','vessel','core','oedema','rim')
+        paint(mix, 'oedema', s['halo'], over=('wm','caps')); paint(mix, 'oedema', .35*s['halo'], over=('gm','deep'))
+        whole = s['core'] + s['rim']; inner = s['core']/np.maximum(whole, 1e-9)
+        moved = sum(mix.get(t, 0) for t in brain)*whole
+        for t in brain:
+            if t in mix: mix[t] = mix[t]*(1 - whole)
+        mix['core'] = mix.get('core', 0) + moved*inner; mix['rim'] = mix.get('rim', 0) + moved*(1-inner)
+    shares = np.stack([mix.get(t, np.zeros(p.shape[1:])) for t in ('core','oedema','rim')])
+    return np.where(shares.sum(0) > .5, shares.argmax(0) + 1, 0).astype(np.uint8)
+
+# %% ../../nbs/11_data.phantom.ipynb #52918c63
 FOV = (164., 194., 164.)   # extent of a head scan along `(d, h, w)`, mm
 LANDMARKS = {**{f'{n}_{side}': (s*x, y, z) for side,s in (('left',-1),('right',1)) for n,(x,y,z) in dict(frontal_horn=(9,34,3), atrium=(25,-42,4),
     caudate=(15,16,11), putamen=(28,4,0), thalamus=(12,-16,3), temporal_pole=(40,40,-26), cerebellum=(24,-48,-43)).items()},
     'third_ventricle': (0,-8,-3), 'fourth_ventricle': (0,-37,-36), 'brain_stem': (0,-20,-28), 'occipital_midline': (0,-70,10)}
 _VENTRICLES = [((sx*x, y, z), 16.) for sx in (-1,1) for x,y,z in ((8,18,12), (20,-28,13))]
 
+# %% ../../nbs/11_data.phantom.ipynb #524539dd
 def head_case(
     seed:int=0,                      # of the data set
     shape:tuple=(40,48,40),          # `(D, H, W)`
@@ -376,20 +391,7 @@ def head_case(
     return dict(images=images, label=label, tissue=np.array([TISSUES.index(t) for t in names], np.uint8)[np.argmax([mix[t] for t in names], 0)], mix=mix,
         affine=affine, spacing=spacing, canonical=canonical, warp=W, lesions=todo, landmarks=dict(names=list(LANDMARKS), canonical=c.T, world=world.T, voxel=voxel.T))
 
-def _paint_lesions(mix, p, lesions, width):
-    "Paint lesions over the brain; the label is 1 core, 2 oedema, 3 rim where a lesion fills more than half of a voxel."
-    for l in lesions:
-        s = lesion_shares(p, l, width); s['halo'] = s['halo']*l['wet']; brain = ('gm','wm','deep','csf','caps','vessel','core','oedema','rim')
-        paint(mix, 'oedema', s['halo'], over=('wm','caps')); paint(mix, 'oedema', .35*s['halo'], over=('gm','deep'))
-        whole = s['core'] + s['rim']; inner = s['core']/np.maximum(whole, 1e-9)
-        moved = sum(mix.get(t, 0) for t in brain)*whole
-        for t in brain:
-            if t in mix: mix[t] = mix[t]*(1 - whole)
-        mix['core'] = mix.get('core', 0) + moved*inner; mix['rim'] = mix.get('rim', 0) + moved*(1-inner)
-    shares = np.stack([mix.get(t, np.zeros(p.shape[1:])) for t in ('core','oedema','rim')])
-    return np.where(shares.sum(0) > .5, shares.argmax(0) + 1, 0).astype(np.uint8)
-
-# %% ../../nbs/11_data.phantom.ipynb #138b1af1
+# %% ../../nbs/11_data.phantom.ipynb #c99c8889
 def best_threshold_dice(
     x,      # one image
     label,  # bool, same shape
@@ -400,7 +402,7 @@ def best_threshold_dice(
         best = max(best, (2*np.cumsum(hit[order])/(np.arange(1, hit.size+1) + hit.sum())).max())
     return float(best)
 
-# %% ../../nbs/11_data.phantom.ipynb #3a2654de
+# %% ../../nbs/11_data.phantom.ipynb #068d3263
 def unit(x, lo:float=.5, hi:float=99.5, floor:float=0.):
     "Percentiles of what is brighter than `floor`, to `[0, 1]`, clipped."
     v = x[x > floor]
@@ -441,7 +443,7 @@ def mpmri_phantom(
     im = np.stack([[unit(c['images'][m], floor=60) for m in modalities] for c in cases])
     return as_batch(im, ~gone, cases[0]['spacing'], label=torch.as_tensor(np.stack([c['label'] for c in cases])[:,None].astype(np.int64)))
 
-# %% ../../nbs/11_data.phantom.ipynb #ba4a2f53
+# %% ../../nbs/11_data.phantom.ipynb #71f1d8ce
 HU = dict(air=-1000., fat=-95., muscle=45., bone=620., marrow=220., lung=-850., heart=42., liver=58., vessel=48., airway=-980., nodule=30., opacity=20.)
 LOBES = {('right','upper'): (62,8,58), ('right','middle'): (72,38,-4), ('right','lower'): (72,-32,-40), ('left','upper'): (-64,10,52), ('left','lower'): (-76,-34,-36)}
 
@@ -464,7 +466,7 @@ def draw_findings(
         out['nodules'].append(dict(side=k[0], lobe=k[1], centre=place(k, 16), diameter=float(rng.uniform(10, 26))))
     return out
 
-# %% ../../nbs/11_data.phantom.ipynb #89da7740
+# %% ../../nbs/11_data.phantom.ipynb #cf2c1707
 def draw_tree(
     rng,            # generator
     root,           # `(x, y, z)` of the hilum, mm
@@ -491,9 +493,9 @@ def tree_distance(p, tree, within=12.):
     far = np.isinf(d)
     return np.where(far, within, d - tree[1][np.where(far, 0, i)])
 
-# %% ../../nbs/11_data.phantom.ipynb #3d1f4c93
-_TREES = [draw_tree(stream(0, 'canonical vessels', s, i), (s*26,-6,4), (s*1.,dy,dz), 5.5, 28., 7)
-    for s in (1,-1) for i,(dy,dz) in enumerate(((.1,.9),(.5,-.2),(-.5,-.9)))]
+# %% ../../nbs/11_data.phantom.ipynb #683e89ef
+_TREE = tuple(np.concatenate(v) for v in zip(*[draw_tree(stream(0, 'canonical vessels', s, i), (s*26,-6,4), (s*1.,dy,dz), 5.5, 28., 7)
+    for s in (1,-1) for i,(dy,dz) in enumerate(((.1,.9),(.5,-.2),(-.5,-.9)))]))           # beads of all six lobar trunks
 
 def chest_parts(
     p,              # canonical points `(3, ...)`, mm
@@ -520,6 +522,7 @@ def chest_parts(
     d['airway'] = np.maximum(np.minimum(tube(p, (0,-22,22), (0,-14,150), 8.5, 8.5), tube(q, (0,-22,22), (36,-14,-4), 7, 4.5)), d['muscle'])
     return d
 
+# %% ../../nbs/11_data.phantom.ipynb #fd9185ca
 def chest_mix(
     p,              # canonical points `(3, ...)`, mm
     width:float,    # voxel size, mm
@@ -534,9 +537,7 @@ def chest_mix(
     paint(mix, 'lung', w(d['lung'])); paint(mix, 'heart', w(d['heart'])); paint(mix, 'airway', w(d['airway']))
     near = (d['lung'] < 4).ravel()
     vessel = np.full(near.size, 99.)
-    if near.any():
-        flat = p.reshape(3,-1)[:,near]
-        vessel[near] = np.minimum.reduce([tree_distance(flat, t) for t in _TREES])
+    if near.any(): vessel[near] = tree_distance(p.reshape(3,-1)[:,near], _TREE)
     return paint(mix, 'vessel', w(vessel.reshape(p.shape[1:])), over=('lung',))
 
 def paint_findings(
@@ -553,6 +554,7 @@ def paint_findings(
     for n in find['nodules']: paint(mix, 'nodule', cover(ellipsoid(p, n['centre'], (n['diameter']/2,)*3), width, 2/n['diameter']), over=('lung','opacity','vessel'))
     return np.where(mix.get('nodule', 0*opacity) > .5, 1, np.where(opacity > .25, 2, 0)).astype(np.uint8)
 
+# %% ../../nbs/11_data.phantom.ipynb #09121000
 def chest_case(
     seed:int=0,               # of the data set
     shape:tuple=(40,48,64),   # `(D, H, W)`
@@ -573,7 +575,7 @@ def chest_case(
     if noise: hu = hu + noise*g('noise').standard_normal(hu.shape)
     return dict(hu=np.maximum(hu, -1024.), label=label, mix=mix, affine=affine, spacing=spacing, canonical=c, warp=W, findings=findings)
 
-# %% ../../nbs/11_data.phantom.ipynb #fd9185ca
+# %% ../../nbs/11_data.phantom.ipynb #1274a293
 def project(
     hu,             # CT `(D, H, W)`, HU
     length:float,   # of a voxel along the ray, mm
@@ -592,7 +594,7 @@ def detector(
     n = photons*np.exp(-integral)
     return -np.log(np.maximum(n + np.sqrt(n)*rng.standard_normal(n.shape), 1)/photons)
 
-# %% ../../nbs/11_data.phantom.ipynb #15233d0a
+# %% ../../nbs/11_data.phantom.ipynb #08debc3d
 def xray_case(
     seed:int=0, size:int=96, subject:int=0,
     view:int=0,               # several images of one person differ in pose, exposure and noise
@@ -633,7 +635,7 @@ def ct_phantom(
     x = np.stack([np.clip((c['hu']-window[0])/(window[1]-window[0]), 0, 1) for c in cs])[:,None]
     return as_batch(x, spacing=cs[0]['spacing'], prefix='ct', label=torch.as_tensor(np.stack([c['label'] for c in cs])[:,None].astype(np.int64)))
 
-# %% ../../nbs/11_data.phantom.ipynb #a24eef3f
+# %% ../../nbs/11_data.phantom.ipynb #0c2f30c3
 STAINS = dict(haematoxylin=(.65,.70,.29), eosin=(.07,.99,.11))    # optical density per channel R, G, B; Ruifrok & Johnston 2001
 TILE_CLASSES = ('benign','inflamed','tumour')
 
@@ -690,7 +692,7 @@ def tile_phantom(
     cs = [tile_case(seed, size, i, TILE_CLASSES[i % 3], slide=i//3) for i in range(n)]
     return as_batch(np.stack([c['image'].transpose(2,0,1)/255 for c in cs]), prefix='tile', target=torch.tensor([i % 3 for i in range(n)]))
 
-# %% ../../nbs/11_data.phantom.ipynb #e35353db
+# %% ../../nbs/11_data.phantom.ipynb #5fbbfaca
 def write_report(
     find:dict,  # from `draw_findings`
     rng,        # generator: which of several wordings
@@ -724,7 +726,7 @@ def report_phantom(
         out.append({'case': f'c-report{i:04d}', 'text': f"FINDINGS: {r['findings']} IMPRESSION: {r['impression']}", 'report': r, 'class': int(f['opacity'] is not None), 'findings': f})
     return out
 
-# %% ../../nbs/11_data.phantom.ipynb #cde39b37
+# %% ../../nbs/11_data.phantom.ipynb #b00e2a46
 def to_file_order(
     x,                 # `(D, H, W)`
     affine,            # `(4, 4)`, index `(d, h, w)` to RAS mm
@@ -756,7 +758,7 @@ def save_table(path, rows, sep:str=','):
     f = io.StringIO(); w = csv.DictWriter(f, list(rows[0]), delimiter=sep, lineterminator='\n'); w.writeheader(); w.writerows(rows)
     with atomic(path) as t: t.write_text(f.getvalue(), encoding='utf-8')
 
-# %% ../../nbs/11_data.phantom.ipynb #5fbbfaca
+# %% ../../nbs/11_data.phantom.ipynb #4a4c280b
 def save_dicom(
     folder,            # one series
     x,                 # `(D, H, W)`; HU for CT, arbitrary units for MR
@@ -797,7 +799,7 @@ def save_dicom(
         f = io.BytesIO(); ds.save_as(f, enforce_file_format=True)
         with atomic(Path(folder)/f'IM{names[k]+1:04d}.dcm') as t: t.write_bytes(f.getvalue())
 
-# %% ../../nbs/11_data.phantom.ipynb #b00e2a46
+# %% ../../nbs/11_data.phantom.ipynb #1076be2e
 @dataclass
 class SamplesConfig:
     "Synthetic heads, chests, X-rays, tiles and reports as files."
@@ -848,7 +850,7 @@ def write_heads(root:Path, cfg:SamplesConfig, bar):
     with atomic(root/'README') as t: t.write_text('Synthetic heads of the medssl_nb phantom generator. No real person was scanned.\n')
     save_table(root/'participants.tsv', rows, '\t'); save_table(root.parent/'truth'/'landmarks.csv', marks)
 
-# %% ../../nbs/11_data.phantom.ipynb #5c5579ae
+# %% ../../nbs/11_data.phantom.ipynb #2adcb8df
 def write_dicoms(root:Path, cfg:SamplesConfig, bar):
     "Chest CTs and a head as DICOM series; nodules and opacities as NIfTI labels beside them."
     for i in range(cfg.cts):
@@ -882,7 +884,7 @@ def write_reports(root:Path, cfg:SamplesConfig):
     rows = [{'report': f'report-{i+1:03d}', 'subject': f'chest-{i+1:03d}', 'class': XRAY_CLASSES[r['class']], **r['report']} for i,r in enumerate(report_phantom(cfg.reports, cfg.seed))] if cfg.reports else []
     if rows: save_table(root/'reports'/'reports.csv', rows)
 
-# %% ../../nbs/11_data.phantom.ipynb #29eb2547
+# %% ../../nbs/11_data.phantom.ipynb #47009771
 _README = """# Synthetic samples
 
 Written by `{command}`; the same command gives the same bytes. No patient, no scanner and no data set of anybody else is behind a single voxel: the anatomy is a set of formulas,
