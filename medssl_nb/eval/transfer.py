@@ -401,6 +401,7 @@ def compare_segment(rows:list, other)->list:
     for metric in ('dice', 'hd95'):
         for cls in ([None] if len(classes) > 1 else []) + classes:
             x,seeds,people = grid_of(rows, metric, cls); i = crossed_interval(x)
+            if i['low'] is not None: i.update(low=max(i['low'], 0.), high=min(i['high'], 1. if metric == 'dice' else i['high']))   # no measure leaves its range
             row = {'metric': metric, 'class': cls or 'mean', **{k: i[k] for k in ('mean','low','high')}, 'seeds': len(seeds), 'patients': len(people), 'how': i['how']}
             if other:
                 a,b = (grid_of(v, metric, cls)[0] for v in _common(rows, other)); d = crossed_interval(a-b); t = paired_test(a.mean(0), b.mean(0))
@@ -427,14 +428,19 @@ def compare_classify(rows:list, other, draws:int=1000)->list:
         out.append(row)
     return out
 
-def summarise(rows:list, arms:dict, kind:str)->list:
+def summarise(
+    rows:list,         # of all cells
+    arms:dict,         # name -> Arm
+    kind:str,          # 'segment' or 'classify'
+    draws:int=1000,    # of the bootstrap
+)->list:               # one dict for each budget, arm, measure and class
     "All arms and budgets, each against its twin."
     out,by = [],{}
     for r in rows: by.setdefault((r['budget'], r['arm']), []).append(r)
     for budget,name in sorted(by, key=lambda k: (k[0], list(arms).index(k[1]))):
         twin = arms[name].twin
         other = by.get((budget, twin)) if twin != name else None
-        for t in (compare_segment if kind == 'segment' else compare_classify)(by[budget,name], other):
+        for t in compare_segment(by[budget,name], other) if kind == 'segment' else compare_classify(by[budget,name], other, draws):
             out.append(dict(budget=budget, arm=name, method=arms[name].method, twin=None if twin == name else twin, **t))
     return out
 
@@ -577,7 +583,7 @@ def saw_test(bench:Bench)->list:
     marks = {fingerprint(s)['sha256'] for s in sets if s and test & {r['case'] for r in s}}
     return [a.name for a in bench.arms.values() if a.data in marks]
 
-# %% ../../nbs/61_eval.transfer.ipynb #8a1d1417
+# %% ../../nbs/61_eval.transfer.ipynb #ca797c35
 _BENCH = {}
 def _work(kind:str, cfg, job):
     "A cell in a process of its own."
