@@ -172,15 +172,16 @@ def test_killed_run_equals_unbroken_run(tmp_path, seed):
 
 
 def test_sigterm_saves_and_the_command_continues(tmp_path):
-    "The polite end: one more step, a checkpoint, exit 0."
+    "The polite end: one more step, a checkpoint, and an exception that no caller takes for success."
     code = (
-        "import os, signal, sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from test_resume import *; from medssl_nb.train.trainer import train\n"
+        "import os, signal, sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from test_resume import *; from medssl_nb.train.trainer import Stopped, train\n"
         "root = Path(sys.argv[2]); data = prepared(root/'data')\n"
         "def plug(step, task):\n    if step == 4: os.kill(os.getpid(), signal.SIGINT)\n"
-        "train(task(), cases(data), settings(workers=2), root/'run', method='tiny', extra=plug)\n"
+        "try: train(task(), cases(data), settings(workers=2), root/'run', method='tiny', extra=plug)\n"
+        "except Stopped: sys.exit(130)\n"
     )
     out = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert out.returncode == 0, out.stderr[-3000:]
+    assert out.returncode == 130, out.stderr[-3000:]
     assert f"stopped at step 5 of {STEPS} (SIGINT)" in out.stdout
     assert (tmp_path / "run" / "checkpoints" / "step_00000005" / "state.json").is_file()
 

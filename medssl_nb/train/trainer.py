@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESERVED', 'FREE', 'RESUME', 'TrainConfig', 'check_config', 'make_optimizer', 'make_fabric', 'NonFinite', 'Trainer',
-           'dump_step', 'replay', 'History', 'run_lock', 'Stopper', 'differing', 'restore', 'case_loader', 'scalar_log',
-           'train', 'loop']
+           'dump_step', 'replay', 'History', 'run_lock', 'Stopped', 'Stopper', 'differing', 'restore', 'case_loader',
+           'scalar_log', 'train', 'loop']
 
 # %% ../../nbs/52_train.trainer.ipynb #5fb5bec3
 import errno
@@ -156,7 +156,7 @@ class Trainer:
         return self.task.losses(out, views)
 
     def train_step(self, micros, stop=0.):
-        "One optimiser step over a list of micro-batches; the row of the history, and whether any process wants to stop."
+        "One optimiser step over a list of micro-batches; the row of the history, and the mean over processes of `stop`."
         cfg,fabric,t,n = self.cfg,self.fabric,self.step,len(micros)
         lr = lr_at(t, cfg.steps, cfg.lr, cfg.warmup, kind=cfg.schedule)
         for g in self.opt.param_groups: g['lr'] = lr*g['scale']
@@ -180,7 +180,7 @@ class Trainer:
         row = dict(step=self.step, loss=sum(vals), **dict(zip(names, vals)), lr=lr, grad_norm=norm if math.isfinite(norm) else None)
         if cfg.health_every and t % cfg.health_every == 0:
             with torch.no_grad(): row.update({k: float(v) for k,v in self.task.health(*self.seen).items()})
-        return row,stop > 0
+        return row,stop
 
     def clip(self):
         "Norm of the whole gradient before clipping; clips where asked."
@@ -286,6 +286,9 @@ def run_lock(
         finally: _LOCKED.discard(out)
 
 # %% ../../nbs/52_train.trainer.ipynb #941b5616
+class Stopped(KeyboardInterrupt):
+    "A signal came, the step was finished, and the run is saved: the same call continues it."
+
 class Stopper:
     "Notices SIGINT and SIGTERM while it is entered; `.reason` says which."
     def __init__(self): self.reason,self.pid,self.at = '',os.getpid(),0.
@@ -434,7 +437,8 @@ def loop(
                 except StopIteration: raise UserError(f'the loader ended at step {tr.step}', f'{cfg.steps} steps of {cfg.accum} micro-batches') from None
             got = time.perf_counter()
             late = cfg.max_minutes is not None and time.monotonic() - begin > 60*cfg.max_minutes
-            row,halt = tr.train_step(micros, bool(stop.reason) or late)
+            # a signal weighs more than the clock, so that the mean over processes tells them apart
+            row,halt = tr.train_step(micros, 1e6 if stop.reason else float(late))
             now = time.perf_counter()
             row.update(volumes_per_s=cfg.batch*cfg.accum*fabric.world_size/(now-tick), wait=(got-asked)/(now-tick))
             tick = now                              # what follows counts for the next step: the clock has no holes
@@ -451,7 +455,10 @@ def loop(
             if halt or cfg.save_every and tr.step % cfg.save_every == 0: save(); saved = tr.step
             if halt: break
         if saved != tr.step: save()
-        if lead and tr.step < cfg.steps: bar.write(f'stopped at step {tr.step} of {cfg.steps} ({stop.reason or "time is up"}); the same command continues')
+        if tr.step < cfg.steps:
+            said = f'stopped at step {tr.step} of {cfg.steps} ({stop.reason or ("a signal" if halt > 1 else "time is up")}); the same command continues'
+            if lead: bar.write(said)
+            if halt > 1: raise Stopped(said)
     finally:
         source = None; bar.close()                                       # ends the loader's workers
         if log: log.close()

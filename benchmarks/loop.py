@@ -1,0 +1,142 @@
+"""What our loop costs over the bare forward + backward + optimiser step, and how long it waits for data.
+
+    python benchmarks/loop.py            # writes benchmarks/loop.json; some minutes on one quiet core
+
+Goals (DESIGN 6): the loop at most 1.03x the bare step; data wait at most 5 % with 2 loader workers.
+
+Both sides see the same batches and views. They take turns step by step in one process, so that a slow moment of the machine hits both: the bare step runs inside the trainer's data source, and
+"ours" is all the time between receiving a batch and asking for the next one (step, norm of the gradient, checks, history on disk, progress bar, TensorBoard).
+Wall time on a busy machine says more about the neighbours; the processor time of this process (all its threads) is reported beside it, and the verdict is taken from that.
+"""
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from medssl_nb.core import generator  # noqa: E402
+from medssl_nb.data.cases import Cases, write_case, write_index  # noqa: E402
+from medssl_nb.data.masking import block_mask  # noqa: E402
+from medssl_nb.nets.unet import PyramidDecoder, UNetEncoder  # noqa: E402
+from medssl_nb.tasks.base import Task  # noqa: E402
+from medssl_nb.train.checkpoint import save_checkpoint  # noqa: E402
+from medssl_nb.train.trainer import TrainConfig, train  # noqa: E402
+
+HERE = Path(__file__).parent
+REGION = (32, 64, 64)
+
+
+class Masked(Task):
+    "Hide blocks, rebuild them: the plainest task, on the networks of PCRLv2."
+
+    region = REGION
+
+    def __init__(self, widths):
+        super().__init__()
+        self.encoder = UNetEncoder(1, widths)
+        self.decoder = PyramidDecoder(self.encoder)
+
+    def views(self, batch, gen):
+        x = batch["image"][:, :1]
+        m = block_mask(x, 8, 0.6, gen)
+        return dict(target=x, mask=m, seen=x * (1 - m))
+
+    def forward(self, v):
+        return dict(pred=self.decoder(self.encoder(v["seen"])[-1])[1])
+
+    def losses(self, out, v):
+        return dict(recon=((out["pred"] - v["target"]).square() * v["mask"]).sum() / v["mask"].sum())
+
+
+def now():
+    return time.perf_counter(), time.process_time()
+
+
+def since(t):
+    return tuple(b - a for a, b in zip(t, now()))
+
+
+class Turns:
+    "A data source that does the bare step itself before it hands the batch over."
+
+    def __init__(self, task, batch, lr):
+        self.task, self.bare, self.ours = task.train(), [], []  # pairs (wall, processor) of seconds
+        self.opt = torch.optim.AdamW(task.parameters(), lr=lr)
+        self.x = torch.rand(batch, 1, *REGION, generator=generator(0))
+
+    def loader(self, steps, seed, **_):
+        handed = None
+        for t in range(steps):
+            if handed is not None:
+                self.ours.append(since(handed))
+            tick = now()
+            b = dict(image=self.x)
+            views = self.task.views(b, generator(seed, t, 0, "views", 0))
+            loss = sum(self.task.losses(self.task(views), views).values())
+            loss.backward()
+            self.opt.step()
+            self.opt.zero_grad(set_to_none=True)
+            loss.item()
+            self.bare.append(since(tick))
+            handed = now()
+            yield b
+        self.ours.append(since(handed))
+
+
+def overhead(widths, batch, steps, tmp, warm=3):
+    torch.manual_seed(0)
+    turns = Turns(Masked(widths), batch, 1e-3)
+    cfg = TrainConfig(steps=steps, batch=batch, workers=0, device="cpu", save_every=0, log_every=10)
+    task = Masked(widths)
+    train(task, turns, cfg, tmp)
+    bare, ours = turns.bare[warm:], turns.ours[warm:]
+    med = lambda xs, k: statistics.median(x[k] for x in xs)
+    t = time.perf_counter()
+    save_checkpoint(tmp / "again", task, torch.optim.AdamW(task.parameters()), 1)
+    return dict(
+        widths=widths, batch=batch, shape=REGION, parameters=sum(p.numel() for p in task.parameters()), steps=len(ours),
+        bare_cpu_s=round(med(bare, 1), 4), ours_cpu_s=round(med(ours, 1), 4), ratio_cpu=round(med(ours, 1) / med(bare, 1), 4), ratio_cpu_sums=round(sum(o[1] for o in ours) / sum(b[1] for b in bare), 4),
+        bare_wall_s=round(med(bare, 0), 4), ours_wall_s=round(med(ours, 0), 4), ratio_wall=round(med(ours, 0) / med(bare, 0), 4),
+        checkpoint_weights_s=round(time.perf_counter() - t, 3),
+    )
+
+
+def data_wait(widths, batch, steps, tmp):
+    for i in range(8):
+        rng = np.random.default_rng(i)
+        x = np.kron(rng.random((1, 10, 16, 16)), np.ones((1, 10, 10, 10))) + 0.05 * rng.random((1, 100, 160, 160))
+        write_case(tmp / "data", dict(case=f"c-{i}", subject=f"s-{i}", session="", split=None, group="", dims=3, channels=["ct"], spacing=[1.0] * 3, labels={}, fingerprint=str(i)), x)
+    write_index(tmp / "data")
+    cfg = TrainConfig(steps=steps, batch=batch, device="cpu", save_every=0, tensorboard=False)
+    out = {}
+    for workers in (0, 2):
+        torch.manual_seed(0)
+        rows = train(Masked(widths), Cases(tmp / "data", region=REGION), replace(cfg, workers=workers), tmp / f"w{workers}")[3:]
+        out[f"{workers} workers"] = dict(wait_median=round(statistics.median(r["wait"] for r in rows), 5), wait_mean=round(statistics.mean(r["wait"] for r in rows), 5),
+                                         volumes_per_s=round(statistics.median(r["volumes_per_s"] for r in rows), 3))
+    return dict(widths=widths, batch=batch, region=REGION, volume=[100, 160, 160], results=out)
+
+
+def main():
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as d:
+        d = Path(d)
+        row = dict(
+            goal=dict(loop_ratio=1.03, data_wait=0.05), machine=platform.machine(), threads=torch.get_num_threads(), cpus=os.cpu_count(), load=round(os.getloadavg()[0], 2), torch=str(torch.__version__),
+            overhead=[overhead((16, 32, 64, 128), 2, 28, d / "small"), overhead((64, 128, 256, 512), 1, 7, d / "spec", 1)],
+            data_wait=data_wait((16, 32, 64, 128), 2, 14, d),
+        )
+    (HERE / "loop.json").write_text(json.dumps(row, indent=1) + "\n")
+    print(json.dumps(row, indent=1))
+
+
+if __name__ == "__main__":
+    main()
