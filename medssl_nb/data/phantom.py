@@ -881,7 +881,7 @@ def write_images(root:Path, cfg:SamplesConfig, bar):
 
 def write_reports(root:Path, cfg:SamplesConfig):
     "Reports of the people whose X-rays these are."
-    rows = [{'report': f'report-{i+1:03d}', 'subject': f'chest-{i+1:03d}', 'class': XRAY_CLASSES[r['class']], **r['report']} for i,r in enumerate(report_phantom(cfg.reports, cfg.seed))] if cfg.reports else []
+    rows = [{'id': f'report-{i+1:03d}', 'subject': f'chest-{i+1:03d}', 'class': XRAY_CLASSES[r['class']], **r['report']} for i,r in enumerate(report_phantom(cfg.reports, cfg.seed))] if cfg.reports else []
     if rows: save_table(root/'reports'/'reports.csv', rows)
 
 # %% ../../nbs/11_data.phantom.ipynb #47009771
