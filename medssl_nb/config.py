@@ -79,7 +79,9 @@ def from_dict(
             raise UserError(f'{at!r} is not a setting of {type(base).__name__}', 'one of ' + ', '.join(sorted(known)), f'did you mean {near!r}?' if near else '')
         old = getattr(base, k)
         new[k] = from_dict(old, v, at) if is_dataclass(old) and isinstance(v, dict) else convert(v, hints[k], at)
-    return dataclasses.replace(base, **new)
+    made = dataclasses.replace(base, **new)
+    if hasattr(base, '__orig_class__'): made.__orig_class__ = base.__orig_class__   # `Run[Task]` stays `Run[Task]`
+    return made
 
 # %% ../nbs/01_config.ipynb #eec5b16b
 def to_dict(c)->dict:

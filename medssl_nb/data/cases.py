@@ -312,6 +312,10 @@ class Prepared:
         self.dir = Path(dir)
         if not (self.dir/'index.jsonl').is_file(): raise UserError(f'no prepared set in {dir}', 'a folder with index.jsonl', 'run `medssl prepare`, or let it finish')
         self.rows = read_jsonl(self.dir/'index.jsonl')
+        for i,r in enumerate(self.rows, 1):
+            gone = [k for k in ('case','subject','dims','channels','shape','spacing') if not isinstance(r, dict) or k not in r]
+            if gone: raise UserError(f'{dir}/index.jsonl, row {i} lacks {", ".join(gone)}', 'rows as `medssl prepare` writes them', 'run it again: it rebuilds the index')
+        if not self.rows and not (self.dir/'reports.jsonl').is_file(): raise UserError(f'{dir} holds no prepared case', 'at least one', 'see problems.jsonl there')
         self.by_case = {r['case']: r for r in self.rows}
         self.channels = channel_order(c for r in self.rows for c in r['channels'])
     def __len__(self): return len(self.rows)

@@ -9,8 +9,8 @@ __all__ = ['TOKENS', 'MR_KINDS', 'CONTRAST', 'LABEL', 'NOISE', 'PAIRS', 'IMAGE_D
            'name_item', 'channel_names', 'match_labels', 'find_named', 'compile_pattern', 'find_pattern', 'find_bids',
            'dicom_modality', 'dicom_key', 'split_series', 'find_dicom', 'progress', 'read_table', 'read_text',
            'find_npz', 'find_text', 'pick_column', 'label_value', 'join_labels', 'find_table', 'IngestConfig',
-           'check_config', 'looks_like_bids', 'find_items', 'find_label_dir', 'probe_item', 'by_grid', 'make_cases',
-           'join_grids', 'Names', 'case_row', 'ingest', 'twins', 'summary']
+           'check_config', 'bids_roots', 'find_volumes', 'find_items', 'find_label_dir', 'probe_item', 'by_grid',
+           'make_cases', 'join_grids', 'Names', 'case_row', 'ingest', 'use_labels', 'twins', 'summary']
 
 # %% ../../nbs/16_data.ingest.ipynb #4815e7f2
 import csv
@@ -31,7 +31,7 @@ from .volume import Grid, ReadError, dicom_header, guess_format, npz_rows, probe
 TOKENS = {m: n for n,ms in dict(
     t1='t1 t1w t1n mprage t1weighted bravo', t1c='t1c t1ce t1gd t1km t1wce t1cw t1post', t2='t2 t2w t2weighted', flair='flair fla t2f t2flair',
     dwi='dwi dti dmri trace', adc='adc', mra='mra tof angio', pd='pd pdw', t2s='t2s t2star t2starw t2sw', mt_on='mt1 mton', mt_off='mt0 mtoff',
-    mr='mr mri fmri epi bold asl', ct='ct cta cect ncct', pet='pet pt suv fdg', xr='xr cr dx cxr xray radiograph', he='he hne').items() for m in ms.split()}
+    mr='mr mri fmri epi bold asl', ct='ct cta cect ncct', pet='pet pt suv fdg', xr='xr cr dx cxr xray radiograph', he='he hne histology histopathology').items() for m in ms.split()}
 MR_KINDS = set('t1 t1c t2 flair dwi adc mra pd t2s mt_on mt_off'.split())
 CONTRAST = set('gd ce post contrast gad gadolinium km postcontrast'.split())
 LABEL = re.compile(r'(seg|segm|dseg|segmentations?|labels?|labelmap|masks?|gt|groundtruth|truth|roi|annotations?|brainmask)\d*')
@@ -156,7 +156,7 @@ def name_item(
     "What the path alone says."
     parts = list(Path(paths[0]).relative_to(root).parts[:-1]); base,visit = cut_visit(stem(paths[0]))
     label = is_label(base) or any(p.lower() in LABEL_DIRS for p in parts)
-    modality = modality_of(base, extra) or next((m for p in reversed(parts) if (m := modality_of(p, extra))), None)
+    modality = modality_of(base, extra) or next((m for p in [*reversed(parts), Path(root).name] if (m := modality_of(p, extra))), None)
     keep = []
     for p in parts:
         rest,v = cut_visit(p); visit = visit or v; w = words(rest)
@@ -252,7 +252,8 @@ def find_pattern(groups, root, cfg):
 # %% ../../nbs/16_data.ingest.ipynb #565b8c27
 def find_bids(
     groups:list, root, cfg,
-)->tuple:      # items, problems
+    prefix:str='',  # of subjects, where one folder holds several trees
+)->tuple:           # items, problems
     "A BIDS tree: raw images, and labels from `derivatives`."
     items,problems = [],[]
     for g in groups:
@@ -264,7 +265,7 @@ def find_bids(
         text = ' '.join([suffix, *(['contrast'] if 'ce' in e else []), *([f'mt {e["mt"]}'] if 'mt' in e else [])])
         modality = modality_of(text, cfg.modality_map) or modality_of(rel.parent.name, cfg.modality_map)
         name = 'brainmask' if e.get('desc') == 'brain' or e.get('label') == 'brain' else 'seg'
-        items.append(Item(list(g), guess_format(g[0]), role='label' if label else 'image', modality=modality, subject=f'sub-{e["sub"]}', session=e.get('ses', ''), case=f'sub-{e["sub"]}', name=name))
+        items.append(Item(list(g), guess_format(g[0]), role='label' if label else 'image', modality=modality, subject=f'{prefix}sub-{e["sub"]}', session=e.get('ses', ''), case=f'{prefix}sub-{e["sub"]}', name=name))
     have = {(i.case, i.session) for i in items if i.role == 'image'}
     lost = [i for i in items if i.role == 'label' and (i.case, i.session) not in have]
     return [i for i in items if i not in lost],problems + [Problem(i.paths, 'orphan-label', 'no image of this subject and session') for i in lost]
@@ -524,9 +525,21 @@ def check_config(cfg):
 # %% ../../nbs/16_data.ingest.ipynb #4203faf1
 WANTED = dict(nifti=('nifti', 'sitk'), bids=('nifti', 'sitk'), dicom=('dicom',), images=('image',), npz=('npz',), text=('text', 'csv'))
 
-def looks_like_bids(root):
-    "A description file, or folders sub-* with files sub-*."
-    return Path(root).is_dir() and ((Path(root)/'dataset_description.json').is_file() or any(True for q in Path(root).glob('sub-*/**/sub-*_*.nii*')))
+def bids_roots(files, root):
+    "Folders that are BIDS trees: with a description file, or folders sub-* with files sub-*."
+    tops = sorted({p.parent for p in files if p.name == 'dataset_description.json'}, key=lambda p: len(p.parts))
+    tops = [t for t in tops if not any(t != u and t.is_relative_to(u) for u in tops)]
+    return tops or ([root] if any(re.match(r'sub-[^_/]+/(.*/)?sub-[^/]*_[^/]*\.nii', p.relative_to(root).as_posix()) for p in files) else [])
+
+def find_volumes(groups, files, root, layout, cfg):
+    "NIfTI and its kin: BIDS trees by their rules, everything else by name or pattern."
+    roots = bids_roots(files, root) if layout == 'auto' and not cfg.pattern else [root] if layout == 'bids' else []
+    items,problems = [],[]; left = groups
+    for r in roots:
+        mine = [g for g in left if g[0].is_relative_to(r)]; left = [g for g in left if not g[0].is_relative_to(r)]
+        new,more = find_bids(mine, r, cfg, '' if r == root else r.relative_to(root).as_posix() + '/'); items += new; problems += more
+    if left: new,more = (find_pattern if cfg.pattern else find_named)(left, root, cfg); items += new; problems += more
+    return items,problems,'bids' if roots == [root] else layout
 
 def find_items(
     cfg,         # `IngestConfig`
@@ -543,20 +556,22 @@ def find_items(
     if cfg.layout == 'dicom': by['dicom'] = sorted(by.get('dicom', []) + [p for p in by.pop(None, []) if not p.name.startswith('.')])
     data = [f for f in ('nifti', 'sitk', 'dicom', 'image', 'npz') if by.get(f)]
     layout = cfg.layout
-    if layout == 'auto': layout = 'bids' if (by.get('nifti') and looks_like_bids(root)) else 'text' if not data and (by.get('text') or by.get('csv')) else 'auto'
-    formats = WANTED.get(layout, data); formats = data if layout == 'bids' and cfg.layout == 'auto' else formats
+    if layout == 'auto' and not data and (by.get('text') or by.get('csv')): layout = 'text'
+    formats = WANTED.get(layout, data)
     items = []; volumes = pair_files(sorted(p for f in formats if f in ('nifti', 'sitk') for p in by.get(f, [])) + [p for p in by.get(None, []) if p.suffix.lower() in ('.raw', '.zraw') and 'sitk' in formats])
     known = [g for g in volumes if guess_format(g[0])]
-    for what,groups in ((find_bids if layout == 'bids' else find_pattern if cfg.pattern else find_named, known), (find_pattern if cfg.pattern else find_named, [[p] for p in by.get('image', []) if 'image' in formats])):
-        if groups: new,more = what(groups, root, cfg); items += new; problems += more
+    pictures = [[p] for p in by.get('image', []) if 'image' in formats]
+    if known: items,more,layout = find_volumes(known, files, root, layout, cfg); problems += more
+    if pictures: new,more = (find_pattern if cfg.pattern else find_named)(pictures, root, cfg); items += new; problems += more
     if 'dicom' in formats and by.get('dicom'): new,more = find_dicom(by['dicom'], root, cfg); items += new; problems += more
     for f,find in (('npz', find_npz), ('text', find_text), ('csv', find_text)):
         for p in by.get(f, []) if f in formats else ():
             if re.match(r'(readme|licen[cs]e|notice|changes)', p.name.lower()): continue
             new,more = find(p, cfg); items += new; problems += more
     if cfg.label_dir: new,more = find_label_dir(cfg, items); items += new; problems += more
-    used = {p for x in (*items, *problems) for p in x.paths} | {Path(cfg.labels) if cfg.labels else None}
-    problems += [Problem([p], 'ignored', 'not a format of this layout' if guess_format(p) else 'not an image', 'warning') for p in files if p not in used]
+    used = {p for x in (*items, *problems) for p in x.paths}
+    why = lambda p: {'text': 'text beside images; give it by itself with --layout text', 'csv': 'a table beside images; give it with --labels, --table or --layout text', None: 'not an image'}.get(guess_format(p), 'not a format of this layout')
+    problems += [Problem([p], 'ignored', why(p), 'warning') for p in files if p not in used]
     return items,problems,layout
 
 def find_label_dir(cfg, items):
@@ -697,9 +712,7 @@ def ingest(
     root = Path(cfg.src) if cfg.src and Path(cfg.src).is_dir() else Path(cfg.src or cfg.table).parent
     for i in items:
         if i.role == 'image' and cfg.modality and i.modality in (None, 'mr'): i.modality = cfg.modality
-    labels = cfg.labels or next((p for p in (root/'labels.csv', root.parent/'labels.csv') if layout in ('auto', 'images', 'nifti') and p.is_file()), None)
-    if labels:
-        problems = [p for p in problems if not (p.kind == 'ignored' and p.paths == [Path(labels)])] + join_labels(items, labels, cfg)
+    labels,problems = use_labels(items, problems, root, layout, cfg)
     groups = {}
     for i in progress(items, 'opening files', cfg):
         f,more = probe_item(i, cfg); problems += more
@@ -713,7 +726,7 @@ def ingest(
     bad = [r for r in rows if r['split'] not in (None, 'train', 'val', 'test')]
     if bad: raise UserError(f'split {bad[0]["split"]!r}', 'train, val or test', 'map the column or correct it')
     listed = [dict(file=names.file(p.paths), kind=p.kind, reason=p.reason, severity=p.severity) for p in problems]
-    if labels: names.file([Path(labels)])
+    for p in labels: names.file([p])
     from medssl_nb import __version__
     keep = dict(modality=cfg.modality, resample_to_reference=cfg.resample_to_reference, verify=cfg.verify, label_columns=list(cfg.label_columns), text_columns=list(cfg.text_columns), columns=dict(cfg.columns))
     counts = dict(cases=len(rows), subjects=len({r['subject'] for r in rows}), files=len({(f, p) for f in names.rows for p in names.rows[f]['paths']}), problems=dict(Counter(p.kind for p in problems)))
@@ -721,6 +734,19 @@ def ingest(
     print(summary(rows, problems, root))
     if not rows: raise UserError(f'no case came out of {len(items)} images', 'at least one', 'the problems above say why')
     return dict(out=str(cfg.out), layout=layout, **counts)
+
+def use_labels(items, problems, root, layout, cfg):
+    "The table of labels that was given, or each `labels.csv` for the images of its folder."
+    if layout in ('dicom', 'npz', 'text', 'table') and not cfg.labels: return [],problems
+    found = [cfg.labels] if cfg.labels else [p.paths[0] for p in problems if p.kind == 'ignored' and p.paths[0].name.lower() == 'labels.csv']
+    if not found and (root.parent/'labels.csv').is_file(): found = [root.parent/'labels.csv']
+    used,more = [],[]
+    for p in found:
+        mine = items if cfg.labels else [i for i in items if i.paths[0].is_relative_to(p.parent)]
+        try: more += join_labels(mine, p, cfg); used.append(p)
+        except UserError:
+            if cfg.labels or cfg.label_columns or cfg.columns: raise
+    return used,[p for p in problems if not (p.kind == 'ignored' and p.paths[0] in used)] + more
 
 def twins(rows, names):
     "The same voxels under two persons: a leak between splits, or a copy."

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMAT', 'PrepareConfig', 'foreground', 'normalise', 'denormalise', 'target_grid', 'crop_box', 'case_paths',
            'read_images', 'read_checked', 'read_label', 'build_case', 'prepared_grid', 'to_file_space', 'report_text',
-           'fingerprint', 'about', 'prepare_one', 'run_jobs', 'out_voxels', 'estimate', 'human', 'clock', 'prepare',
-           'only_one', 'report']
+           'fingerprint', 'about', 'prepare_one', 'run_jobs', 'out_voxels', 'estimate', 'human', 'clock', 'mark_test',
+           'prepare', 'only_one', 'report']
 
 # %% ../../nbs/17_data.prepare.ipynb #5ab731e2
 import errno
@@ -31,7 +31,7 @@ import numpy as np
 
 from ..config import to_dict
 from ..core import UserError, choose, read_json, write_json, write_jsonl
-from .cases import MODALITIES, Manifest, channel_order, pack, text_table, write_case, write_index
+from .cases import MODALITIES, Manifest, channel_order, pack, split_by_subject, text_table, write_case, write_index
 from .ingest import read_text
 from .volume import Grid, ReadError, Volume, orient, orient_grid, read_volume, reorient, resample, sha256_files, spaced_grid
 
@@ -56,6 +56,8 @@ class PrepareConfig:
     label_values:tuple[int,...]|None=None  # values a segmentation may hold; None allows any whole number
     resample_labels:bool=False  # bring labels that lie on another grid onto the image (nearest); else such a case is a problem
     modalities:tuple[str,...]|None=None    # use only these; None uses all
+    test_share:float=0.     # mark this share of the people as `test`, so that pre-training leaves them out; 0 keeps the split of the manifest
+    split_seed:int=0        # of that draw
     limit:int|None=None     # only the first so many cases, for a trial
     workers:int=1           # processes
     dry_run:bool=False      # say what it would take, write nothing
@@ -278,7 +280,7 @@ def fingerprint(
     cfg:PrepareConfig,
 )->str:              # 16 hex digits
     "What a prepared case depends on."
-    idle = ('manifest', 'out', 'limit', 'workers', 'dry_run', 'progress')
+    idle = ('manifest', 'out', 'limit', 'workers', 'dry_run', 'progress', 'test_share', 'split_seed')
     files = {n: {k: f.get(k) for k in ('file', 'item', 'sha256', 'channels', 'dtype', 'resample_to')} for part in ('images', 'labels') for n,f in (row.get(part) or {}).items() if isinstance(f, dict)}
     text = json.dumps([FORMAT, {k: v for k,v in to_dict(cfg).items() if k not in idle}, row['dims'], files], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
@@ -362,6 +364,7 @@ def estimate(
     "Disk and time for the jobs, from one case in the middle."
     jobs = sorted(jobs, key=lambda j: out_voxels(j[0], cfg))
     for j in jobs[len(jobs)//2:][:5]:
+        prepare_one(*j, write=False)       # the first one pays for imports and a cold disk
         r = prepare_one(*j, write=False)
         if 'bytes' in r:
             share = sum(out_voxels(k[0], cfg) for k in jobs)/max(out_voxels(j[0], cfg), 1)
@@ -377,7 +380,19 @@ def human(n, units=('B','kB','MB','GB','TB'), step=1000):
 
 def clock(s): return f'{s:.0f} s' if s < 90 else f'{s/60:.0f} min' if s < 5400 else f'{s/3600:.1f} h'
 
-# %% ../../nbs/17_data.prepare.ipynb #997b5100
+# %% ../../nbs/17_data.prepare.ipynb #1fc37c1e
+def mark_test(
+    rows:list,      # of the manifest
+    share:float,    # of the people
+    seed:int,
+)->list:            # rows with `split` 'train' or 'test'
+    "Put people aside for testing."
+    if not 0 < share < 1: raise UserError(f'test share {share}', 'between 0 and 1')
+    if any(r.get('split') for r in rows): raise UserError('the manifest has a split of its own', '', 'leave --test-share away')
+    test = {r['subject'] for r in split_by_subject(rows, dict(train=1-share, test=share), seed)['test']}
+    return [dict(r, split='test' if r['subject'] in test else 'train') for r in rows]
+
+# %% ../../nbs/17_data.prepare.ipynb #92c59291
 def prepare(
     cfg:PrepareConfig,
 )->dict:             # counts, `problems` by kind, `out`
@@ -387,6 +402,7 @@ def prepare(
     rows,left = [],[]
     for r in man.cases[:cfg.limit]: (rows if cfg.modalities is None or set(cfg.modalities) & set(r['images']) else left).append(r)
     if not rows: raise UserError('the manifest holds no case to prepare' + (f' with {", ".join(cfg.modalities)}' if cfg.modalities else ''), 'at least one case')
+    if cfg.test_share: rows = mark_test(rows, cfg.test_share, cfg.split_seed)
     texts,rows = [r for r in rows if r['dims'] == 1],[r for r in rows if r['dims'] != 1]
     for d in {r['dims'] for r in rows}: target_grid(Grid((4,4,4), np.eye(4)), d, cfg)   # a wrong spacing is wrong for all
     fps = {r['case']: fingerprint(r, cfg) for r in rows}
@@ -414,7 +430,7 @@ def prepare(
     print(report(summary, problems))
     return summary
 
-# %% ../../nbs/17_data.prepare.ipynb #1fc37c1e
+# %% ../../nbs/17_data.prepare.ipynb #c6ac1c7b
 def _committed(out, case, fp):
     "The index row of a case that is up to date, else None."
     p,v = out/'volumes'/f'{case}.json',out/'volumes'

@@ -306,7 +306,9 @@ def up_bias(
     "A constant map convolved with zero padding has three values per axis: first, middle, last."
     conv = F.conv2d if len(size) == 2 else F.conv3d
     b = conv(grow.bias.view(1,-1,*[1]*len(size)).expand(-1,-1,*[3]*len(size)), c3.weight, padding=1)
-    for i,n in enumerate(size): b = b.index_select(i+2, torch.tensor([0] + [1]*(n-2) + [2], device=b.device))
+    for i,n in enumerate(size):
+        first,mid,last = b.split(1, i+2)
+        b = torch.cat([first, mid.expand(*[n-2 if j == i+2 else -1 for j in range(b.ndim)]), last], i+2)
     return b
 
 def merged_kernel(
@@ -326,11 +328,11 @@ def worth_merging(
     grow, c3,
     voxels:int,  # coarse voxels of all passes together
 )->bool:
-    "Counted in multiplications: making the kernel must cost less than it saves."
+    "Counted in multiplications: making the kernel, thrice as dear because it moves memory, must cost less than it saves."
     i,o,d = c3.in_channels,c3.out_channels,c3.weight.ndim-2
     plain = isinstance(grow, nn.Upsample)
     direct = voxels*2**d*(3**d*i*o + (0 if plain else i*i))
-    return voxels*4**d*i*o + (0 if plain else 6**d*i*i*o) < direct
+    return voxels*4**d*i*o + (0 if plain else 3*6**d*i*i*o) < direct
 
 # %% ../../nbs/42_tasks.pcrlv2.ipynb #69555eac
 def climb(
