@@ -618,7 +618,7 @@ def by_grid(
     out = []
     for i,f in found:
         g = Grid.from_dict(f) if f['dims'] > 1 else None
-        home = next((c for h,c in out if g is not None and h is not None and h.same(g) and c[0][1]['dims'] == f['dims']), None)
+        home = next((c for h,c in out if g is not None and h is not None and h.same(g)), None)
         if home is None: out.append((g, [(i, f)]))
         else: home.append((i, f))
     return sorted((c for _,c in out), key=lambda c: -len(c))
