@@ -541,6 +541,7 @@ def find_volumes(groups, files, root, layout, cfg):
     if left: new,more = (find_pattern if cfg.pattern else find_named)(left, root, cfg); items += new; problems += more
     return items,problems,'bids' if roots == [root] else layout
 
+# %% ../../nbs/16_data.ingest.ipynb #a6b4488b
 def find_items(
     cfg,         # `IngestConfig`
 )->tuple:        # items, problems, the layout that was used
@@ -574,6 +575,7 @@ def find_items(
     problems += [Problem([p], 'ignored', why(p), 'warning') for p in files if p not in used]
     return items,problems,layout
 
+# %% ../../nbs/16_data.ingest.ipynb #b0578880
 def find_label_dir(cfg, items):
     "Segmentations of a folder of their own."
     new = [replace(name_item(g, cfg.label_dir, guess_format(g[0])), role='label') for g in pair_files(walk(cfg.label_dir)) if guess_format(g[0]) in ('nifti', 'sitk', 'image')]
@@ -588,7 +590,7 @@ def find_label_dir(cfg, items):
         else: problems.append(Problem(i.paths, 'orphan-label', 'no image goes with this label by its name' if not hit else f'{len(hit)} cases could own this label'))
     return out,problems
 
-# %% ../../nbs/16_data.ingest.ipynb #b0578880
+# %% ../../nbs/16_data.ingest.ipynb #c4398858
 def probe_item(
     i:Item, cfg,
 )->tuple:       # the FILE entry (without its pseudonym) or None, problems
@@ -623,7 +625,7 @@ def by_grid(
         else: home.append((i, f))
     return sorted((c for _,c in out), key=lambda c: -len(c))
 
-# %% ../../nbs/16_data.ingest.ipynb #d8a43e41
+# %% ../../nbs/16_data.ingest.ipynb #95065c6c
 def make_cases(
     found:list,    # `(item, FILE)` of one case and session
     cfg,
@@ -674,7 +676,7 @@ def join_grids(drafts, loose, problems):
         else: left.append((i, f))
     return [ref, *rest],left
 
-# %% ../../nbs/16_data.ingest.ipynb #95065c6c
+# %% ../../nbs/16_data.ingest.ipynb #4d0951e8
 class Names:
     "Pseudonyms, and the private way back."
     def __init__(self, key:bytes, root): self.key,self.root,self.rows = key,Path(os.path.abspath(root)),{}
@@ -701,7 +703,7 @@ def case_row(draft, n, names, group):
     return dict(case=names.of(f'{i0.case}|{i0.session}|{n}', 'c'), subject=names.of(i0.subject, 's'), session=names.of(f'{i0.subject}|{i0.session}', 'v') if i0.session else '',
         dims=next(iter(draft['images'].values()))[1]['dims'], images=images, labels=labels, group=i0.group or group, split={'validation': 'val', 'valid': 'val', 'training': 'train', 'testing': 'test'}.get(split, split))
 
-# %% ../../nbs/16_data.ingest.ipynb #16e37193
+# %% ../../nbs/16_data.ingest.ipynb #72e3516d
 def ingest(
     cfg,        # `IngestConfig`
 )->dict:        # counts, and `out`
@@ -735,6 +737,7 @@ def ingest(
     if not rows: raise UserError(f'no case came out of {len(items)} images', 'at least one', 'the problems above say why')
     return dict(out=str(cfg.out), layout=layout, **counts)
 
+# %% ../../nbs/16_data.ingest.ipynb #2ad82a03
 def use_labels(items, problems, root, layout, cfg):
     "The table of labels that was given, or each `labels.csv` for the images of its folder."
     if layout in ('dicom', 'npz', 'text', 'table') and not cfg.labels: return [],problems
@@ -759,7 +762,7 @@ def twins(rows, names):
                 row = names.rows[f['file']]; out.append(Problem([Path(row['root'])/p for p in row['paths']], 'twin', 'the same voxels as an image of another person' + (f' (item {f["item"]})' if f['item'] is not None else ''), 'warning'))
     return out
 
-# %% ../../nbs/16_data.ingest.ipynb #4d0951e8
+# %% ../../nbs/16_data.ingest.ipynb #85d5014b
 def summary(
     rows:list, problems:list, root,
     examples:int=3,   # of each kind of problem
