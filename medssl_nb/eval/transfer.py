@@ -508,9 +508,9 @@ def knn_prob(train_x, train_t, x, k:int, classes:int)->np.ndarray:
     return (w[...,None]*train_t[near]).sum(1)/w.sum(1, keepdims=True)
 
 def linear_prob(train_x, train_t, x, C:float, classes:int, multi:bool)->np.ndarray:
-    "Logistic regression; a label that never varies among the labelled cases is answered by its smoothed share."
+    "Logistic regression with classes weighed alike; a label that never varies among the labelled cases is answered by its smoothed share."
     from sklearn.linear_model import LogisticRegression
-    fit = lambda t: LogisticRegression(C=C, max_iter=2000).fit(train_x, t)
+    fit = lambda t: LogisticRegression(C=C, max_iter=2000, class_weight='balanced').fit(train_x, t)
     if not multi:
         m = fit(train_t.argmax(1)); out = np.zeros((len(x), classes)); out[:,m.classes_] = m.predict_proba(x); return out
     share = lambda t: np.full(len(x), (t.sum()+1)/(len(t)+2))
