@@ -13,7 +13,6 @@ __all__ = ['NAMES', 'STRENGTHS', 'FREE', 'CELLS', 'CompareConfig', 'FinetuneConf
 # %% ../../nbs/61_eval.transfer.ipynb #030203b0
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 
 from ..config import save_yaml, to_dict
-from ..core import UserError, atomic, choose, generator, read_json, read_jsonl, seed_of, write_json, write_jsonl
+from ..core import UserError, atomic, generator, read_json, read_jsonl, seed_of, write_json, write_jsonl
 from ..data.cases import Cases, Prepared, class_list, check_disjoint, collate, split_by_subject
 from .metrics import auc, balanced_accuracy, bootstrap, crossed_interval, macro_auc, paired_test, segment_scores
 from ..losses.segment import class_weights
@@ -63,6 +62,7 @@ class CompareConfig:
     device:str='auto'                       # auto, cpu, cuda, mps
     bar:bool=True                           # show progress
 
+# %% ../../nbs/61_eval.transfer.ipynb #76cbf0d5
 @dataclass
 class FinetuneConfig(CompareConfig):
     "Fine-tune encoders and their scratch twins with few labels."
@@ -83,7 +83,7 @@ class FinetuneConfig(CompareConfig):
     eval_every:int=0                        # steps between looks at the validation patients, for learning curves; 0 none
     keep_weights:bool=False                 # keep the fine-tuned networks
 
-# %% ../../nbs/61_eval.transfer.ipynb #76cbf0d5
+# %% ../../nbs/61_eval.transfer.ipynb #e694efa4
 def labelled_rows(prepared, cfg)->list:
     "The rows that take part; everything that can be refused, is."
     rows = prepared.select(group=cfg.group or None)
@@ -125,7 +125,7 @@ def deal(prepared, cfg)->dict:
             if gone: raise UserError(f'class {sorted(gone)[0]!r} is missing from the {k} patients', 'every class on both sides', 'more patients of it, or another --split-seed')
     return parts
 
-# %% ../../nbs/61_eval.transfer.ipynb #4987dd4f
+# %% ../../nbs/61_eval.transfer.ipynb #eb9e165e
 def label_order(
     rows:list,            # training rows
     seed:int,             # of the draw
@@ -161,7 +161,7 @@ def label_budget(
         if gone: raise UserError(f'a budget of {budget} has no room for class {sorted(gone)[0]!r}', f'at least {budget+len(gone)}: one case of each class')
     return out
 
-# %% ../../nbs/61_eval.transfer.ipynb #5b33076e
+# %% ../../nbs/61_eval.transfer.ipynb #0cee745a
 @dataclass
 class Arm:
     "An encoder to be judged, or the twin of one."
@@ -216,7 +216,7 @@ def load_arms(cfg, channels:int, dims:int)->dict:
         out[name] = replace(arm, twin=twins[key])
     return out
 
-# %% ../../nbs/61_eval.transfer.ipynb #0cee745a
+# %% ../../nbs/61_eval.transfer.ipynb #cecce343
 def fresh(spec, seed:int):
     "An encoder with the first weights of a seed."
     with torch.random.fork_rng(devices=[]):
@@ -240,7 +240,7 @@ def make_task(
         if cfg.kind == 'segment': return Segment(enc, SegmentConfig(values=tuple(cfg.values), regions=tuple(cfg.regions), decoder=cfg.decoder, **shared))
         return Classify(enc, ClassifyConfig(classes=len(classes['names']), multi=classes['multi'], weight=tuple(weight), **shared))
 
-# %% ../../nbs/61_eval.transfer.ipynb #0c1e9bad
+# %% ../../nbs/61_eval.transfer.ipynb #0324a77b
 @dataclass
 class Bench:
     "Everything a cell needs, worked out once per process."
@@ -274,7 +274,7 @@ def resolve(cfg)->Bench:
         for b in cfg.budgets: label_budget(parts['train'], b, s, one, cfg.unit)
     return Bench(cfg, prepared, parts, arms, classes)
 
-# %% ../../nbs/61_eval.transfer.ipynb #5fb0cdf0
+# %% ../../nbs/61_eval.transfer.ipynb #a55abd03
 def judge(
     task,            # trained `Segment` or `Classify`
     bench:Bench,
@@ -323,7 +323,7 @@ def verdict(
         return float(np.log(p[r['target']])) if np.ndim(r['target']) == 0 else float(np.mean(np.where(np.array(r['target']) > .5, np.log(p), np.log(1-p))))
     return dict(score=float(np.mean([ll(r) for r in rows])))
 
-# %% ../../nbs/61_eval.transfer.ipynb #887e8fbd
+# %% ../../nbs/61_eval.transfer.ipynb #9da2d56a
 def fit(bench:Bench, arm:Arm, rows:list, seed:int, lr:float, freeze:float, out):
     "Train one task on the labelled cases; `(task, history)`."
     cfg,names = bench.cfg,bench.classes and bench.classes['names']
@@ -372,7 +372,7 @@ def run_cell(bench:Bench, name:str, budget:int, seed:int)->dict:
     write_json(out/'result.json', result)
     return result
 
-# %% ../../nbs/61_eval.transfer.ipynb #48fc9583
+# %% ../../nbs/61_eval.transfer.ipynb #248756ad
 def grid_of(rows:list, metric:str, cls=None):
     "`(seeds, patients)` table of a metric, mean over a patient's cases (and classes, where `cls` is None); seeds; patients."
     seeds,people = sorted({r['seed'] for r in rows}),sorted({r['subject'] for r in rows})
@@ -444,7 +444,7 @@ def summarise(
             out.append(dict(budget=budget, arm=name, method=arms[name].method, twin=None if twin == name else twin, **t))
     return out
 
-# %% ../../nbs/61_eval.transfer.ipynb #5386c766
+# %% ../../nbs/61_eval.transfer.ipynb #035456e8
 NAMES = dict(dice='Dice', hd95='HD95, mm', auc='AUC', balanced_accuracy='balanced accuracy')
 
 def table_md(table:list, note:str='')->str:
@@ -464,7 +464,7 @@ def table_md(table:list, note:str='')->str:
     hows = Counter(r['how'] for r in table)
     return '\n'.join(out + [f'Intervals: {"; ".join(hows)}. Differences are paired by seed and patient; p asks whether the mean difference is zero.' + (f' {note}' if note else '')]) + '\n'
 
-# %% ../../nbs/61_eval.transfer.ipynb #feb1e1a1
+# %% ../../nbs/61_eval.transfer.ipynb #5a3aa224
 @dataclass
 class ProbeConfig(CompareConfig):
     "Judge frozen encoders by a linear head or by neighbours."
@@ -498,7 +498,7 @@ def features(
             out.append(torch.cat([x.flatten(2).mean(2) for x in (f if level == 'all' else f[-1:])], 1))
     return torch.cat(out).double().numpy()
 
-# %% ../../nbs/61_eval.transfer.ipynb #5a3aa224
+# %% ../../nbs/61_eval.transfer.ipynb #886291fb
 def knn_prob(train_x, train_t, x, k:int, classes:int)->np.ndarray:
     "Weighted vote of the `k` most similar cases; `train_t` `(N, classes)` 0/1; `(M, classes)` shares."
     unit = lambda v: v/np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-12)
@@ -516,7 +516,7 @@ def linear_prob(train_x, train_t, x, C:float, classes:int, multi:bool)->np.ndarr
     share = lambda t: np.full(len(x), (t.sum()+1)/(len(t)+2))
     return np.stack([share(t) if t.min() == t.max() else fit(t).predict_proba(x)[:,1] for t in train_t.T.astype(int)], 1)
 
-# %% ../../nbs/61_eval.transfer.ipynb #886291fb
+# %% ../../nbs/61_eval.transfer.ipynb #120c4bc5
 STRENGTHS = (.01, .1, 1., 10.)   # of the logistic regression: inverse regularisation
 
 def probe_cell(bench:Bench, name:str, budget:int, seed:int)->dict:
@@ -550,7 +550,7 @@ def probe_cell(bench:Bench, name:str, budget:int, seed:int)->dict:
     write_json(out/'result.json', result)
     return result
 
-# %% ../../nbs/61_eval.transfer.ipynb #120c4bc5
+# %% ../../nbs/61_eval.transfer.ipynb #eef176df
 FREE = ('data', 'out', 'arms', 'budgets', 'seeds', 'jobs', 'bar', 'predictions', 'device', 'keep_weights')   # may change between two calls
 
 def claim(bench:Bench):
@@ -583,7 +583,7 @@ def saw_test(bench:Bench)->list:
     marks = {fingerprint(s)['sha256'] for s in sets if s and test & {r['case'] for r in s}}
     return [a.name for a in bench.arms.values() if a.data in marks]
 
-# %% ../../nbs/61_eval.transfer.ipynb #ca797c35
+# %% ../../nbs/61_eval.transfer.ipynb #2e3c33dc
 _BENCH = {}
 def _work(kind:str, cfg, job):
     "A cell in a process of its own."
@@ -613,9 +613,11 @@ def compare(
         if cfg.jobs > 1:
             import multiprocessing as mp
             from concurrent.futures import ProcessPoolExecutor, as_completed
+            from concurrent.futures.process import BrokenProcessPool
             with ProcessPoolExecutor(min(cfg.jobs, len(jobs)), mp_context=mp.get_context('spawn')) as pool:
                 try:
                     for f in as_completed([pool.submit(_work, kind, cfg, j) for j in jobs]): f.result(); bar.update(1)
+                except BrokenProcessPool: raise UserError('a process that computed a cell died', '', 'most often the memory was full: use fewer --jobs; finished cells are kept, the same command continues') from None
                 except BaseException: pool.shutdown(cancel_futures=True); raise
         else:
             for j in jobs: CELLS[kind](bench, *j); bar.update(1)
@@ -629,6 +631,7 @@ def compare(
     if cfg.bar: print(md)
     return dict(out=out/'table.md', rows=rows, table=table, cells=cells)
 
+# %% ../../nbs/61_eval.transfer.ipynb #9b45953c
 def finetune(cfg:FinetuneConfig)->dict:
     "Encoders against their scratch twins, with few labels: rows and a table."
     return compare(cfg, 'finetune')
