@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 JOBS ?= 2
 
-.PHONY: demo test test-all lab install export clean-nbs lint bench
+.PHONY: readme demo test test-all lab install export clean-nbs lint bench
 $(VENV)/.stamp: requirements.lock settings.ini setup.py
 	$(PYTHON) -m venv $(VENV)
 	@# torch first and exactly: a range asked of an empty environment brings gigabytes of CUDA. A torch that is there already (a GPU build, say) stays.
@@ -33,3 +33,7 @@ export: install
 
 lint: install
 	$(BIN)/ruff check medssl_nb tests benchmarks
+
+readme: install
+	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb
+	$(BIN)/python -c "import re,pathlib as p; f=p.Path('README.md'); s=f.read_text(); f.write_text(re.sub(r'\`\`\`(?:python)?\n%matplotlib.*?\`\`\`\n', '', s, flags=re.S).replace('![png](', '![a synthetic patient in four contrasts](').strip()+'\n')"

@@ -48,13 +48,14 @@ def demo_pretrain(cfg:DemoConfig):
     c.data,c.out = Path(cfg.out)/'prepared',Path(cfg.out)/'runs'/cfg.method
     c.task.widths = (8,16,32,64)
     c.train.steps,c.train.batch,c.train.workers,c.train.seed,c.train.warmup,c.train.save_every = cfg.steps,4,1,cfg.seed,min(10, cfg.steps//4),50
+    c.train.channels_last = True       # a third faster on processors too, and the same numbers to rounding
     return pretrain(c)['out']
 
 def demo_finetune(cfg:DemoConfig, run):
     "The encoder against its scratch twin; returns the folder of results."
     from medssl_nb.eval.transfer import FinetuneConfig, finetune
     c = FinetuneConfig(data=Path(cfg.out)/'prepared', out=Path(cfg.out)/'finetune', arms={cfg.method: str(run)}, budgets=cfg.budgets, seeds=cfg.seeds, regions=((1,2,3),), channels=('flair',),
-        val=0., region=(32,32,32), steps=cfg.finetune_steps, batch=4, lr=(3e-3,), warmup=5, eval_every=0, predictions=2, jobs=cfg.jobs, bar=False, leave_unlabelled=True)
+        val=0., region=(32,32,32), steps=cfg.finetune_steps, batch=4, lr=(3e-3,), warmup=min(5, cfg.finetune_steps//4), eval_every=0, predictions=2, jobs=cfg.jobs, bar=False, leave_unlabelled=True)
     return finetune(c)
 
 # %% ../nbs/89_demo.ipynb #124598f8
@@ -94,9 +95,10 @@ def demo_views(cfg:DemoConfig, prepared, run):
     from medssl_nb.data.cases import Cases, make_loader
     from medssl_nb.plot.volume import show_compare
     from medssl_nb.tasks.registry import load_task
+    from medssl_nb.config import load_yaml
     from medssl_nb.pretrain import settings
     from medssl_nb.train.checkpoint import load_checkpoint
-    c,_ = settings(['--method', cfg.method, '--config', str(Path(run)/'config.yaml')])
+    c = load_yaml(settings(['--config', str(Path(run)/'config.yaml')])[0], Path(run)/'config.yaml')
     task = load_task(cfg.method, c.task)
     load_checkpoint(run, task, method=cfg.method)
     rows = prepared.select(split='test')[:4]
@@ -107,10 +109,12 @@ def demo_views(cfg:DemoConfig, prepared, run):
     return show_compare(pictures(task, v, o), size=1.7)
 
 def pictures(task, v:dict, o:dict)->dict:
-    "Name -> `(D, H, W)`: target, input and answer of the first case, whatever the method calls them."
-    first = lambda x: x[0,0]
-    if 'pred' in o: return {'target': first(v['target']), 'seen': first(v.get('seen', v['target'])), 'answer': first(o['pred'])}
-    return {n: first(x) for n,x in task.pictures(v, o).items()}
+    "Name -> `(D, H, W)`: target, input and answer of the first case. The input is brought to the target's mean and spread: networks see z-scores."
+    one = lambda x: (x[0] if isinstance(x, (list, tuple)) else x)[0,0].detach().float()
+    target,pred = one(v['target']),one(o['pred'])
+    seen = one(next(v[k] for k in ('x1','input','seen') if k in v))
+    fit = lambda x: (x-x.mean())/x.std().clamp_min(1e-6)*target.std()+target.mean()
+    return {'asked for': target, 'seen': fit(seen), 'answered': pred}
 
 # %% ../nbs/89_demo.ipynb #dc7449cb
 def demo_page(cfg:DemoConfig, manifest, prepared, run, result, seconds:dict):
