@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 
 from .core import UserError, choose
 from .data.cases import Cases, Prepared, class_list, text_table
+from .tasks.supervised import card_norm
 from .tasks.registry import METHODS, PRESETS, load_task, task_config
 from .train.trainer import TrainConfig, train
 
@@ -106,7 +107,7 @@ def pretrain(
     print(f'{cfg.method} ({cfg.preset}) on {facts["cases"]} cases of {facts["subjects"]} subjects, channels {", ".join(cases.channels)}; '
           f'{sum(p.numel() for p in task.encoder.parameters()):,} encoder parameters, {cfg.train.steps} steps of {cfg.train.batch*cfg.train.accum} cases')
     # the network sees a share of a case's channels or all of them: both belong to the encoder's description
-    card = dict(data=facts, preset=cfg.preset, normalisation=normalisation(prepared, rows), channels_seen=list(cases.channels), left_out=list(cfg.leave_out))
+    card = dict(data=facts, preset=cfg.preset, input=card_norm(vars(task.cfg)), normalisation=normalisation(prepared, rows), channels_seen=list(cases.channels), left_out=list(cfg.leave_out))
     history = train(task, cases, cfg.train, cfg.out, method=cfg.method, card=card, config=cfg)
     return dict(out=Path(cfg.out), history=history, task=task)
 

@@ -50,9 +50,10 @@ def test_from_nothing_to_a_page(tmp_path, capsys):
     assert "Traceback" not in html and str(tmp_path) not in html and "sub-0" not in html
 
     # a second call finds nothing left to train and makes the same page but for the times
-    before = {f: f.stat().st_mtime_ns for f in (out / "runs").rglob("*.safetensors")}
+    files = lambda: {f.relative_to(out): f.read_bytes() for d in ("runs", "finetune") for f in (out / d).rglob("*") if f.suffix in (".safetensors", ".jsonl", ".md")}
+    before = files()
     again = demo(cfg)
-    assert {f: f.stat().st_mtime_ns for f in (out / "runs").rglob("*.safetensors")} == before
+    assert files() == before
     strip = lambda h: re.sub(r"<pre>.*?</pre>", "", h, flags=re.S)
     assert strip(again["out"].read_text()) == strip(html)
 

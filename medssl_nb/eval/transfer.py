@@ -54,7 +54,7 @@ class CompareConfig:
     split_seed:int=0                        # of the deal; the same test patients for every seed of training
     own_split:bool|None=None                # use the `split` of the cases; None: if every case has one
     region:tuple[int,...]=()                # what the network sees at once; empty: the whole volume where it fits
-    normalise:Literal['auto','zscore','none','imagenet']='auto'  # input; auto: as the encoder was trained
+    normalise:str='auto'                    # input; auto: as the encoder was trained; or zscore, none, imagenet, fixed:MEAN:STD
     inflate:Literal['divide','repeat']='divide'  # one-channel encoders on several channels
     allow:tuple[str,...]=()                 # encoder tensors that may stay new or unused: consent to a partial load
     predictions:int=4                       # test cases a cell whose prediction is kept as NIfTI; -1 all
@@ -89,7 +89,7 @@ def labelled_rows(prepared, cfg)->list:
     rows = prepared.select(group=cfg.group or None)
     if not rows: raise UserError(f'no case in group {", ".join(cfg.group)}', 'another group')
     name = 'seg' if cfg.kind == 'segment' else cfg.target
-    if cfg.channels: rows = [r for r in rows if r in prepared.select(channels=cfg.channels)]
+    if cfg.channels: keep = {r['case'] for r in prepared.select(channels=cfg.channels)}; rows = [r for r in rows if r['case'] in keep]
     has = {r['case'] for r in prepared.select(labelled=name)}
     bare = [r for r in rows if r['case'] not in has]
     if bare and not cfg.leave_unlabelled: raise UserError(f'{len(bare)} of {len(rows)} cases have no label {name!r}, e.g. {bare[0]["case"]}', 'labelled cases', 'leave them out with --leave-unlabelled True, or choose a --group')
@@ -113,7 +113,11 @@ def deal(prepared, cfg)->dict:
         lone = [c for c,s in who.items() if len(s) < 2]
         if lone: raise UserError(f'class {lone[0]!r} of {cfg.target!r} has a single patient', 'at least two: one to learn from, one to test', 'merge classes, or add cases')
         if len(who) < 2: raise UserError(f'{cfg.target!r} is {next(iter(who))!r} in every case', 'at least two classes')
-    own = cfg.own_split if cfg.own_split is not None else all(r.get('split') for r in rows)
+    own = cfg.own_split
+    if own is None:
+        # some marked for testing, the rest not marked at all: the mark must be kept, or what was left out of pre-training ends up among the labels
+        if any(r.get('split') == 'test' for r in rows): rows = [dict(r, split=r.get('split') or 'train') for r in rows]
+        own = all(r.get('split') for r in rows)
     shares = dict(train=1-cfg.val-cfg.test, val=cfg.val, test=cfg.test)
     if min(shares.values()) < 0 or cfg.test <= 0 or shares['train'] <= 0: raise UserError(f'val {cfg.val} and test {cfg.test}', 'positive shares that leave some patients to learn from')
     parts = split_by_subject(rows, shares, cfg.split_seed, cfg.target if one else None, column=own)
