@@ -367,12 +367,12 @@ class PCRLv2(Task):
         self.restore = nn.ModuleList(RestoreHead(w, cfg.in_channels, cfg.dims, cfg.head) for w in self.decoder.widths)
         self.region,self.S = tuple(cfg.region),len(self.decoder.widths)
     def views(self, batch, gen): return make_views(self.cfg, self.S, batch, gen)
-    def kernels(self, *bottoms):
+    def kernels(self, *xs):
         "Merged kernels, made once for all passes of a step."
-        voxels,out = sum(b.numel()//b.shape[1] for b in bottoms),[]
+        voxels,out = sum(len(x)*math.prod(n//self.encoder.strides[-1] for n in x.shape[2:]) for x in xs),[]
         for l in self.decoder.levels:
             ok = self.cfg.merge and worth_merging(l[0], l[1][0], voxels)
-            with torch.autocast(bottoms[0].device.type, enabled=False): out.append(merged_kernel(l[0], l[1][0]) if ok else None)
+            with torch.autocast(xs[0].device.type, enabled=False): out.append(merged_kernel(l[0], l[1][0]) if ok else None)
             voxels *= 2**self.cfg.dims
         return out
     def describe(self, pyramid, levels):
@@ -380,15 +380,16 @@ class PCRLv2(Task):
         return {s: (z := self.project[s](pyramid[s]), self.predict[s](z)) for s in sorted(levels)}
     def forward(self, v):
         lv = v['levels']; local = [{s for a in lv['local'] for s in a[k]} for k in range(2)]
-        ask = [set(lv['pair']) | local[0], set(lv['pair']) | local[1], local[0] | local[1]]
-        R = len(v['target']); depth = [max(a)+1 for a in ask]; depth[:R] = [self.S]*R
-        bottoms = [self.encoder(v[k])[-1] for k in ('x1','x2','local')]
-        K = self.kernels(*bottoms)
-        pyr = [climb(self.decoder, b, d, K) for b,d in zip(bottoms, depth)]
-        size = v['x1'].shape[2:]
-        out = dict(pred=[self.decoder.restore(p[-1]) for p in pyr[:R]], mid={s: [self.restore[s](p[s], size) for p in pyr[:R]] for s in lv['mid']})
-        out |= {k: self.describe(p, a) for k,p,a in zip(('x1','x2','local'), pyr, ask)}
-        used = set().union(*ask)
+        ask = dict(x1=set(lv['pair']) | local[0], x2=set(lv['pair']) | local[1], local=local[0] | local[1])
+        K,size,out = self.kernels(*[v[k] for k in ask]),v['x1'].shape[2:],dict(pred=[], mid={s: [] for s in lv['mid']})
+        for i,(k,levels) in enumerate(ask.items()):      # one view after the other, heads included: backward then frees them in turn
+            restored = i < len(v['target'])
+            pyramid = climb(self.decoder, self.encoder(v[k])[-1], self.S if restored else max(levels)+1, K)
+            if restored:
+                out['pred'].append(self.decoder.restore(pyramid[-1]))
+                for s in lv['mid']: out['mid'][s].append(self.restore[s](pyramid[s], size))
+            out[k] = self.describe(pyramid, levels)
+        used = set().union(*ask.values())
         idle = [h[s] for s in range(self.S) for h in (self.project, self.predict) if s not in used] + [h for s,h in enumerate(self.restore) if s not in lv['mid']]
         return out | dict(idle=idle_zero(*idle))
     def losses(self, out, v):

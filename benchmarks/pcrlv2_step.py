@@ -1,0 +1,159 @@
+"""A PCRLv2 training step against the form the authors published, as the specification describes it.
+
+    python benchmarks/pcrlv2_step.py                     # CPU, one thread, about 15 minutes; writes benchmarks/pcrlv2_step.json
+    python benchmarks/pcrlv2_step.py --device cuda --cases 8
+    python benchmarks/pcrlv2_step.py --parts time64 memory64
+
+The literal form (`Literal` below) is written from the specification alone: every view goes through the whole decoder, all restoration
+heads and the final map, up-sampling and convolution stay apart, twelve comparisons run in a loop, and what is not needed is thrown away.
+Both forms use the same modules, weights, views and drawn levels; they give the same loss (asserted here) and the same gradients
+(asserted in nbs/42_tasks.pcrlv2.ipynb). Steps alternate, literal and ours, so that a busy machine is busy for both. The ratio uses
+CPU seconds of the process where one thread works, wall seconds otherwise. Peak memory is that of a process of its own.
+"""
+import argparse, json, os, platform, subprocess, sys, time
+from pathlib import Path
+
+ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+ap.add_argument('--device', default='cpu')
+ap.add_argument('--threads', type=int, default=1)
+ap.add_argument('--cases', type=int, default=2, help='per step; batch norm over pooled vectors needs two')
+ap.add_argument('--steps', type=int, default=3, help='timed steps of each form')
+ap.add_argument('--parts', nargs='*', default=['time64', 'memory64', 'views', 'time96', 'memory96', 'time2d', 'memory2d'])
+ap.add_argument('--out', default=str(Path(__file__).with_suffix('.json')))
+ap.add_argument('--child', help=argparse.SUPPRESS)
+ap.add_argument('--form', help=argparse.SUPPRESS)
+a = ap.parse_args()
+os.environ['OMP_NUM_THREADS'] = str(a.threads)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+torch.set_num_threads(a.threads)
+from medssl_nb.core import generator
+from medssl_nb.tasks.pcrlv2 import PCRLv2, PCRLv2Config, draw_levels, make_views
+
+
+class Literal(nn.Module):
+    "The published form, from the specification's sections 3 and 4."
+    def __init__(self, task): super().__init__(); self.t = task
+    def everything(self, x):
+        t = self.t; f = t.encoder(x)[-1]; pyramid,maps,zp = [],[],[]
+        for level,project,predict,restore in zip(t.decoder.levels, t.project, t.predict, t.restore):
+            f = level(f); pyramid.append(f)
+            z = project(f); zp.append((z, predict(z)))
+            maps.append(F.interpolate(restore(f), size=x.shape[2:], mode='trilinear' if x.ndim == 5 else 'bilinear', align_corners=False))
+        return zp, maps, t.decoder.restore(f)
+    def forward(self, v):
+        D = lambda p,z: -F.cosine_similarity(p, z.detach(), dim=1).mean()
+        sim = lambda a,b: .5*(D(a[1], b[0]) + D(b[1], a[0]))
+        (g1,maps,final),(g2,_,_),(l,_,_) = self.everything(v['x1']),self.everything(v['x2']),self.everything(v['local'])
+        s,B,gl = v['levels']['pair'][0],len(v['x1']),0.
+        for j,both in enumerate(v['levels']['local']):
+            for k,g in enumerate((g1, g2)):
+                c = both[k][0]; mine = tuple(x[j*B:(j+1)*B] for x in l[c])
+                gl = gl + sim(g[c], mine)
+        return F.mse_loss(final, v['target'][0]) + v['beta']*F.mse_loss(maps[s], v['target'][0]) + sim(g1[s], g2[s]) + gl/(2*len(v['levels']['local']))
+
+
+def config(part):
+    if '2d' in part: return PCRLv2Config.for_2d()
+    return PCRLv2Config(head='bounded', size=(96,96,96) if '96' in part else (32,64,64))   # the authors' 3-D code has bounded heads
+
+def make(cfg, form):
+    torch.manual_seed(0); task = PCRLv2(cfg).to(a.device)
+    if form == 'literal': run = Literal(task)
+    else: run = lambda v: sum(task.losses(task(v), v).values())
+    return task, run, torch.optim.SGD(task.parameters(), lr=1e-3, momentum=.9, weight_decay=1e-4)
+
+def random_views(cfg, S, step):
+    "Noise in the shapes of the views, and levels as a run draws them."
+    g = generator(0, step, 0, 'bench'); r = lambda n,s: torch.rand(n, cfg.in_channels, *s, generator=g).to(a.device)
+    return dict(x1=r(a.cases, cfg.size), x2=r(a.cases, cfg.size), local=r(a.cases*cfg.n_local, cfg.local_size), target=[r(a.cases, cfg.size)], beta=.7, levels=draw_levels(cfg, S, g))
+
+def sync():
+    if a.device != 'cpu': torch.cuda.synchronize()
+clock = time.process_time if a.device == 'cpu' and a.threads == 1 else time.perf_counter
+
+def timing(part):
+    from dataclasses import replace
+    cfg = config(part); steps = 1 if '96' in part and a.device == 'cpu' else a.steps
+    forms = dict(literal=cfg, ours=cfg, ours_unmerged=replace(cfg, merge=False), ours_one_level=replace(cfg, draws='one'))
+    if '96' in part: forms = dict(literal=cfg, ours=cfg)
+    made = {k: make(c, k) for k,c in forms.items()}; t = {k: [] for k in forms}; losses = {}
+    def step(k, v):
+        task,run,opt = made[k]; sync(); t0 = clock()
+        loss = run(v); loss.backward(); opt.step(); opt.zero_grad(set_to_none=True); sync()
+        return clock()-t0, loss.item()
+    warm = not ('96' in part and a.device == 'cpu')
+    for i in range(steps + warm):
+        for k in forms:
+            s,l = step(k, random_views(forms[k], made[k][0].S, i)); losses[k] = l
+            if i or not warm: t[k].append(s)
+        if i == 0: assert abs(losses['literal'] - losses['ours']) < 1e-4, losses
+        if i == 0: first = dict(losses)
+    mean = {k: sum(x)/len(x) for k,x in t.items()}
+    return dict(size=cfg.size, cases=a.cases, steps=steps, seconds={k: round(x, 3) for k,x in mean.items()}, ratio={k: round(x/mean['literal'], 3) for k,x in mean.items() if k != 'literal'},
+        first_loss={k: round(first[k], 6) for k in ('literal','ours')})
+
+def rss(key):
+    return next(int(l.split()[1])/1024 for l in open('/proc/self/status') if l.startswith(key))
+
+def memory(part, form):
+    "Peak of two steps over what the process held before them, MiB."
+    task,run,opt = make(config(part), form)
+    if a.device != 'cpu': torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()/2**20
+    else: before = rss('VmRSS')
+    for i in range(1 if '96' in part else 2):
+        loss = run(random_views(config(part), task.S, i)); loss.backward(); opt.step(); opt.zero_grad(set_to_none=True)
+    return (torch.cuda.max_memory_allocated()/2**20 if a.device != 'cpu' else rss('VmHWM')) - before
+
+def views(_):
+    "The views of a batch: ours, batched, against the same steps case by case with TorchIO (specification, section 2.2)."
+    try: import torchio as tio
+    except ImportError: print('views: torchio is not installed, skipped'); return None
+    cfg = PCRLv2Config(); B = 4; g = generator(0, 0, 0, 'ct')
+    x = torch.rand(B, 1, *cfg.region, generator=g)
+    batch = dict(image=x.to(a.device), present=torch.ones(B,1).bool(), valid=torch.tensor([[[0]*3, list(cfg.region)]]).repeat(B,1,1), spacing=torch.ones(B,3), progress=0.)
+    clean = [tio.RandomFlip(axes=2, flip_probability=.5), tio.RandomAffine(scales=.1, degrees=10, default_pad_value='minimum')]
+    spoil = [tio.RandomBlur((0,2)), tio.RandomNoise(0, (0,.25)), tio.RandomGamma((-.3,.3))]
+    glob,loc = tio.Compose(spoil + [tio.RandomSwap(cfg.swap_block, 100), tio.ZNormalization()]),tio.Compose(spoil + [tio.ZNormalization()])
+    clean = tio.Compose(clean)
+    from medssl_nb.tasks.pcrlv2 import crop_boxes
+    def one_by_one(i):
+        pair,local = crop_boxes(cfg, x, batch['valid'], generator(0, i)); out = []
+        for b in range(B):
+            for boxes,size,bad in ((pair[b], cfg.size, glob), (local[b], cfg.local_size, loc)):
+                for lo,hi in boxes.tolist():
+                    p = x[b][:, lo[0]:hi[0], lo[1]:hi[1], lo[2]:hi[2]]
+                    im = clean(tio.Resize(size)(tio.ScalarImage(tensor=p)))
+                    out.append((im.data.clone(), bad(im).data))
+        return out
+    ts = dict(torchio=[], ours=[])
+    for i in range(a.steps):
+        t0 = time.process_time(); one_by_one(i); ts['torchio'].append(time.process_time()-t0)
+        sync(); t0 = clock(); make_views(cfg, 3, batch, generator(0, i)); sync(); ts['ours'].append(clock()-t0)
+    m = {k: sorted(v)[len(v)//2] for k,v in ts.items()}
+    return dict(cases=B, region=cfg.region, seconds={k: round(v, 3) for k,v in m.items()}, ratio=round(m['ours']/m['torchio'], 3))
+
+def child(part, form=''):
+    cmd = [sys.executable, __file__, '--child', part, '--form', form, '--device', a.device, '--threads', str(a.threads), '--cases', str(a.cases), '--steps', str(a.steps)]
+    # give freed blocks back at once, so that the peak is what was needed and not what the allocator kept
+    r = subprocess.run(cmd, capture_output=True, text=True, env=os.environ | (dict(MALLOC_MMAP_THRESHOLD_='262144') if form else {}))
+    if r.returncode: raise SystemExit(r.stderr)
+    return json.loads(r.stdout.splitlines()[-1])
+
+if a.child:
+    print(json.dumps(memory(a.child, a.form) if a.form else views(0) if a.child == 'views' else timing(a.child)))
+else:
+    out = Path(a.out); res = json.loads(out.read_text()) if out.exists() else {}
+    here = res.setdefault(a.device, {})
+    here['machine'] = dict(cpu=platform.processor() or platform.machine(), model=next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), ''),
+        gpu=torch.cuda.get_device_name() if a.device != 'cpu' else None, threads=a.threads, torch=torch.__version__, python=platform.python_version())
+    for part in a.parts:
+        if part.startswith('memory'):
+            m = {f: child(part, f) for f in ('literal', 'ours')}
+            here[part] = dict(size=config(part).size, cases=a.cases, peak_mib={k: round(v) for k,v in m.items()}, ratio=round(m['ours']/m['literal'], 3))
+        else: here[part] = child(part)
+        print(part, json.dumps(here[part]), flush=True)
+        out.write_text(json.dumps(res, indent=1) + '\n')
