@@ -9,7 +9,7 @@ __all__ = ['LUMA', 'PCRLv2Config', 'tissue_score', 'lattice', 'redraw', 'crop_bo
 
 # %% ../../nbs/42_tasks.pcrlv2.ipynb #9bc5fb64
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
