@@ -98,8 +98,8 @@ def test_unknown_method_and_preset(tmp_path):
 
 
 def test_one_broken_file_never_stops_the_rest(tmp_path):
-    for s in "abc":
-        nifti(tmp_path / "scans" / s / "t1.nii.gz", np.random.default_rng(0).random((6, 6, 6)).astype(np.float32))
+    for i, s in enumerate("abc"):
+        nifti(tmp_path / "scans" / s / "t1.nii.gz", np.random.default_rng(i).random((6, 6, 6)).astype(np.float32))
     f = tmp_path / "scans" / "b" / "t1.nii.gz"
     f.write_bytes(f.read_bytes()[:200])
     code, out, err = medssl("ingest", tmp_path / "scans", "-o", tmp_path / "m", "--progress", "False")
@@ -138,11 +138,6 @@ def test_one_case_split(tmp_path):
     refused("finetune", data, "-o", tmp_path / "f", "--budgets", "1", says="subject")
 
 
-def test_budget_larger_than_the_patients(tmp_path):
-    data = write_prepared(tmp_path / "p")
-    refused("finetune", data, "-o", tmp_path / "f", "--budgets", "50", says="budget of 50")
-
-
 def test_missing_and_foreign_checkpoints(tmp_path):
     data = write_prepared(tmp_path / "p")
     refused("finetune", data, "-o", tmp_path / "f", "--arms", "mine", tmp_path / "no_run", "--budgets", "2", says="no_run")
@@ -150,6 +145,9 @@ def test_missing_and_foreign_checkpoints(tmp_path):
     code, out, err = medssl("pretrain", data, "--method", "mae", "--preset", "small3d", "-o", tmp_path / "r", *tiny)
     assert code == 0, err
     refused("pretrain", data, "--method", "pcrlv2", "--preset", "small3d", "-o", tmp_path / "r", *tiny, says="mae")
+    # with a real encoder: no arm at all, and a budget that the patients cannot fill
+    refused("finetune", data, "-o", tmp_path / "f", "--budgets", "2", says="no arm")
+    refused("finetune", data, "-o", tmp_path / "f", "--arms", "mine", tmp_path / "r", "--budgets", "50", says="budget of 50")
 
 
 def test_crop_larger_than_the_volume_is_padded_not_refused(tmp_path):
