@@ -61,6 +61,7 @@ def convert(
     if isinstance(typ, type) and isinstance(value, typ): return value
     raise fail()
 
+# %% ../nbs/01_config.ipynb #dd59d7a0
 def from_dict(
     cls,            # a dataclass, or an instance whose values are the defaults
     d:dict,         # plain values
@@ -83,7 +84,7 @@ def from_dict(
     if hasattr(base, '__orig_class__'): made.__orig_class__ = base.__orig_class__   # `Run[Task]` stays `Run[Task]`
     return made
 
-# %% ../nbs/01_config.ipynb #eec5b16b
+# %% ../nbs/01_config.ipynb #de162a01
 def to_dict(c)->dict:
     "Plain values that YAML and JSON can hold: tuples become lists, paths text."
     if is_dataclass(c): return {f.name: to_dict(getattr(c, f.name)) for f in fields(c)}
@@ -109,7 +110,7 @@ def load_yaml(
     except yaml.YAMLError as e: raise UserError(f'{path} is not readable YAML ({e})') from None
     return from_dict(default, d or {})
 
-# %% ../nbs/01_config.ipynb #2e3d70c4
+# %% ../nbs/01_config.ipynb #9f658359
 def cli(
     default,            # a dataclass, or an instance with the defaults
     args:list|None=None,  # words after the command; None reads `sys.argv`

@@ -116,7 +116,7 @@ def pictures(task, v:dict, o:dict)->dict:
     fit = lambda x: (x-x.mean())/x.std().clamp_min(1e-6)*target.std()+target.mean()
     return {'asked for': target, 'seen': fit(seen), 'answered': pred}
 
-# %% ../nbs/89_demo.ipynb #dc7449cb
+# %% ../nbs/89_demo.ipynb #183c3a07
 def demo_page(cfg:DemoConfig, manifest, prepared, run, result, seconds:dict):
     "One HTML file; returns its path."
     from medssl_nb.data.cases import Prepared
@@ -158,7 +158,7 @@ def sentence(rows:list, cfg)->str:
         out.append(f'With {b} labelled cases pre-training **{how}**: Dice {r["diff"]:+.3f}{span}.')
     return ' '.join(out)
 
-# %% ../nbs/89_demo.ipynb #4488d7de
+# %% ../nbs/89_demo.ipynb #11dba283
 def demo(cfg:DemoConfig)->dict:
     "The main job on synthetic data; the page is `out/index.html`."
     seconds = {}
