@@ -22,8 +22,8 @@ class DemoConfig:
     seed:int=0                         # of everything random
     heads:int=36                       # synthetic patients; 30 % of them are for testing and are not seen before
     method:str='pcrlv2'                # of pre-training
-    steps:int=150                      # of pre-training
-    finetune_steps:int=100             # of each fine-tuning
+    steps:int=120                      # of pre-training
+    finetune_steps:int=80              # of each fine-tuning
     budgets:tuple[int,...]=(4,12)      # labelled cases
     seeds:tuple[int,...]=(0,1,2)       # repetitions
     jobs:int=2                         # fine-tunings at the same time
@@ -47,6 +47,8 @@ def demo_pretrain(cfg:DemoConfig):
     c,_ = settings(['--method', cfg.method, '--preset', 'small3d'])
     c.data,c.out = Path(cfg.out)/'prepared',Path(cfg.out)/'runs'/cfg.method
     c.task.widths = (8,16,32,64)
+    # in minutes a network learns z-scores, which start at the right mean; with targets in [0, 1] it spends them on the mean grey value
+    if cfg.method == 'pcrlv2': c.task.target,c.train.lr = 'zscore',3e-3
     c.train.steps,c.train.batch,c.train.workers,c.train.seed,c.train.warmup,c.train.save_every = cfg.steps,4,1,cfg.seed,min(10, cfg.steps//4),50
     c.train.channels_last = True       # a third faster on processors too, and the same numbers to rounding
     return pretrain(c)['out']
@@ -113,7 +115,7 @@ def pictures(task, v:dict, o:dict)->dict:
     one = lambda x: (x[0] if isinstance(x, (list, tuple)) else x)[0,0].detach().float()
     target,pred = one(v['target']),one(o['pred'])
     seen = one(next(v[k] for k in ('x1','input','seen') if k in v))
-    fit = lambda x: (x-x.mean())/x.std().clamp_min(1e-6)*target.std()+target.mean()
+    fit = lambda x: (x-x.mean())/x.std().clamp_min(1e-6)*target.std()+target.mean()   # a z-score to the target's units
     return {'asked for': target, 'seen': fit(seen), 'answered': pred}
 
 # %% ../nbs/89_demo.ipynb #183c3a07

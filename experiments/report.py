@@ -1,0 +1,43 @@
+"""Numbers and curves of an experiment for `results/`: no image of a patient, no pseudonym.
+
+    python experiments/report.py FINETUNE NAME "title" [METHOD=RUN ...]     # writes results/NAME.md, results/NAME.json, results/NAME*.png
+"""
+import sys
+from pathlib import Path
+
+from medssl_nb.core import read_json, read_jsonl, write_json
+from medssl_nb.plot.curves import show_arms, show_history
+from medssl_nb.plot.volume import png
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+def thin(rows, n=200):
+    return rows[:: max(1, len(rows) // n)]
+
+
+def main(folder, name, title, runs):
+    folder = Path(folder)
+    cells = [{k: c[k] for k in ("arm", "budget", "seed", "score")} for c in read_jsonl(folder / "cells.jsonl")]
+    kind = read_json(folder / "table.json")
+    rows = kind["rows"] if isinstance(kind, dict) else kind
+    arms = sorted({c["arm"] for c in cells}, key=lambda a: (not a.startswith("scratch"), a))
+    ylabel = "Dice" if any(r["metric"] == "dice" for r in rows) else "mean log-likelihood"
+    (RESULTS / f"{name}.png").write_bytes(png(show_arms(cells, ylabel=ylabel, order=arms, size=(4.5, 3))))
+    text = [f"# {title}", "", (folder / "table.md").read_text().strip(), "", f"![every seed a dot, bars are 95 % intervals over seeds]({name}.png)", ""]
+    out = dict(title=title, cells=cells, table=rows, pretraining={})
+    for m, run in runs.items():
+        h = read_jsonl(Path(run) / "history.jsonl")
+        card = read_json(Path(run) / "encoder" / "card.json")
+        (RESULTS / f"{name}_{m}.png").write_bytes(png(show_history(h), dpi=80))
+        out["pretraining"][m] = dict(card={k: card.get(k) for k in ("method", "preset", "data", "parameters", "input", "left_out")}, history=thin(h))
+        text += [f"## Pre-training: {m}", "", f"{card['data']['cases']} cases of {card['data']['subjects']} people, {len(h)} steps, {card['parameters']:,} encoder parameters.", "", f"![loss and terms]({name}_{m}.png)", ""]
+    (RESULTS / f"{name}.md").write_text("\n".join(text))
+    write_json(RESULTS / f"{name}.json", out)
+    print(RESULTS / f"{name}.md")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
+    main(sys.argv[1], sys.argv[2], sys.argv[3], dict(a.split("=", 1) for a in sys.argv[4:]))
