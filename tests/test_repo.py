@@ -97,6 +97,8 @@ def test_notebook_is_clean(nb):
             text = json.dumps({k: v for k, v in o.get("data", {}).items() if not k.startswith("image/")}) + "".join(o.get("text", []))
             if o["output_type"] == "error":
                 bad.append(f"cell {i}: an error is stored")
+            if "application/vnd.jupyter.widget-view+json" in o.get("data", {}):
+                bad.append(f"cell {i}: a widget without its state is stored; it shows an error where it is opened")
             if o.get("name") == "stderr":
                 bad.append(f"cell {i}: stderr is stored")
             if re.search(r"(?<![\w.])/(home|root|tmp|work|var|usr)/", text) or re.search(r"0x[0-9a-f]{8,}", text):
