@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['NPZ_SPLITS', 'OPENERS', 'SUFFIXES', 'Grid', 'flat_grid', 'Volume', 'axis_moves', 'orient', 'orient_grid', 'reorient',
            'spaced_grid', 'resample', 'window_hu', 'hu_to_unit', 'ReadError', 'Opened', 'check_affine', 'check_values',
-           'open_nibabel', 'pick_item', 'open_sitk', 'open_image', 'set_channels', 'npz_rows', 'open_npz', 'Slice',
-           'dicom_header', 'dicom_slices', 'stack_slices', 'dicom_values', 'open_dicom', 'guess_format', 'open_volume',
-           'read_volume', 'probe', 'look_at', 'sha256_files', 'write_nifti']
+           'open_nibabel', 'pick_item', 'read_bvals', 'open_sitk', 'open_image', 'set_channels', 'npz_rows', 'open_npz',
+           'Slice', 'dicom_header', 'dicom_slices', 'volume_key', 'stack_slices', 'dicom_pixels', 'dicom_by_itk',
+           'dicom_values', 'Head', 'dicom_head', 'open_dicom', 'open_mosaic', 'mosaic_bvals', 'guess_format',
+           'open_volume', 'read_volume', 'probe', 'look_at', 'sha256_files', 'write_nifti']
 
-# %% ../../nbs/10_data.volume.ipynb #17c52a81
+# %% ../../nbs/10_data.volume.ipynb #9094d63f
 import gzip
 import hashlib
 import os
+import re
 import warnings as pywarnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -193,12 +195,13 @@ def hu_to_unit(
     if hi <= lo: raise UserError(f'range {lo} … {hi} HU', 'lo below hi')
     return ((x - lo)/(hi - lo)).clip(0, 1)
 
-# %% ../../nbs/10_data.volume.ipynb #24ed830d
+# %% ../../nbs/10_data.volume.ipynb #1d3cdeb4
 class ReadError(UserError):
     "A file that cannot be read faithfully: `kind` is one word, `reason` a sentence without a path."
-    def __init__(self, came, expected='', todo='', kind='unreadable', name=''):
+    def __init__(self, came, expected='', todo='', kind='unreadable', name='', frames=0, b=None):
         super().__init__(came, expected, todo)
         self.kind,self.name,self.reason = kind,name,str(self.args[0])
+        self.frames,self.b = frames,b     # of a series: how many volumes, and their b-values in s/mm² where the files tell
     def __str__(self): return f'{self.name}: {self.reason}' if self.name else self.reason
 
 @dataclass
@@ -233,7 +236,7 @@ def check_values(
     if bad: raise ReadError(f'{bad} of {x.size} voxels are NaN or infinite', todo='replace or mask them first', kind='nan')
     if dtype.lstrip('u') in ('int32', 'int64') and np.nanmax(np.abs(x), initial=0) > 2**24: raise ReadError('values beyond 16777216', 'what float32 can hold exactly', kind='range')
 
-# %% ../../nbs/10_data.volume.ipynb #9bb580af
+# %% ../../nbs/10_data.volume.ipynb #72185302
 def open_nibabel(
     paths:list,     # one file, or a header and its data file
     item=None,      # frame of a 4-D file
@@ -248,7 +251,7 @@ def open_nibabel(
     while len(shape) > 3 and shape[-1] == 1: shape.pop()
     frames = int(np.prod(shape[3:])) if len(shape) > 3 else 1
     if 0 in shape or not shape: raise ReadError(f'shape {tuple(shape)} holds no voxel', kind='empty')
-    pick_item(item, frames, '4d', f'the file holds {frames} volumes (shape {tuple(shape)})')
+    pick_item(item, frames, '4d', f'the file holds {frames} volumes (shape {tuple(shape)})', read_bvals(paths[0], frames))
     shape3 = (shape + [1, 1])[:3]
     aff = np.array(im.affine, np.float64); hdr = im.header
     if hasattr(hdr, 'get_xyzt_units'):
@@ -261,10 +264,20 @@ def open_nibabel(
         return x.transpose(2, 1, 0)[None]
     return Opened(Grid.from_ijk(shape3, aff), load, dt.newbyteorder('=').name, dims=2 if shape3[2] == 1 else 3, warnings=warn)
 
-def pick_item(item, n, kind, what):
+def pick_item(item, n, kind, what, b=None):
     "Refuse to choose silently among `n`."
-    if n > 1 and item is None: raise ReadError(what, 'one volume', 'choose one with item=0, 1, …', kind=kind)
+    if n > 1 and item is None: raise ReadError(what, 'one volume', 'choose one with item=0, 1, …', kind=kind, frames=n, b=b)
     if item is not None and not 0 <= item < n: raise ReadError(f'item {item} of {n}', f'0 … {n-1}', kind='item')
+
+def read_bvals(
+    path,        # a NIfTI file
+    n:int,       # its volumes
+)->list|None:    # b-values in s/mm², one a volume, from the `.bval` beside it; None where there is none or it does not fit
+    "Diffusion weighting, as FSL and BIDS keep it."
+    p = Path(re.sub(r'\.nii(\.gz)?$', '', str(path)) + '.bval')
+    try: b = [float(t) for t in p.read_text().split()]
+    except (OSError, ValueError): return None
+    return b if len(b) == n else None
 
 def _header_path(paths):
     for p in paths:
@@ -371,7 +384,7 @@ def open_npz(
     g = flat_grid(*x.shape[2:])
     return Opened(Grid(x.shape[1:], g.affine), lambda: x, x.dtype.name, len(x), dims)
 
-# %% ../../nbs/10_data.volume.ipynb #0c2fc8c6
+# %% ../../nbs/10_data.volume.ipynb #c27a5b37
 @dataclass
 class Slice:
     "One frame of one DICOM file, with its place."
@@ -382,6 +395,8 @@ class Slice:
     pixel:tuple     # `(h, w)` mm
     step:float      # mm to the next slice as the header says, or its thickness; or None
     sure:bool=False # the header does say the step; a thickness alone may differ from it
+    part:tuple=()   # `(b-value, echo, time point)` as the header says: tells volumes at one place apart
+    number:tuple=() # `(acquisition, instance)`: their order where `part` is silent
 
 def dicom_header(path, pixels=False):
     "A data set; files without a preamble are read too, if they look like DICOM inside."
@@ -400,21 +415,28 @@ def dicom_header(path, pixels=False):
 
 def dicom_slices(ds, file=0):
     "Every frame of a data set as a `Slice`."
+    import pydicom
     shared = (ds.get('SharedFunctionalGroupsSequence') or [None])[0]; per = ds.get('PerFrameFunctionalGroupsSequence') or []
     def find(f, group, tag):
         for place in (per[f] if f < len(per) else None, shared):
             if place is not None and place.get(group): return place[group][0].get(tag)
         return ds.get(tag)
     numbers = lambda x,n: tuple(float(t) for t in x) if x is not None and len(x) == n else None
+    whole = lambda x: int(x) if isinstance(x, (int, str)) and str(x).strip().isdigit() else 0
     out = []
     for f in range(int(ds.get('NumberOfFrames') or 1)):
         m = lambda tag: find(f, 'PixelMeasuresSequence', tag)
         gap,thick = m('SpacingBetweenSlices'),m('SliceThickness')
+        b = find(f, 'MRDiffusionSequence', 'DiffusionBValue')
+        part = float(b) if b is not None else None,find(f, 'MREchoSequence', 'EffectiveEchoTime') or ds.get('EchoNumbers'),find(f, 'FrameContentSequence', 'TemporalPositionIndex') or ds.get('TemporalPositionIdentifier')
         out.append(Slice(file, f, numbers(find(f, 'PlanePositionSequence', 'ImagePositionPatient'), 3), numbers(find(f, 'PlaneOrientationSequence', 'ImageOrientationPatient'), 6),
-            numbers(m('PixelSpacing'), 2) or numbers(ds.get('ImagerPixelSpacing'), 2) or (1., 1.), float(gap or thick or 0) or None, bool(gap)))
+            numbers(m('PixelSpacing'), 2) or numbers(ds.get('ImagerPixelSpacing'), 2) or (1., 1.), float(gap or thick or 0) or None, bool(gap),
+            tuple(None if v is None else float(v[0] if isinstance(v, (list, pydicom.multival.MultiValue)) else v) for v in part), (whole(ds.get('AcquisitionNumber')), whole(ds.get('InstanceNumber')), f)))
     return out
 
-# %% ../../nbs/10_data.volume.ipynb #c1bb7b6b
+# %% ../../nbs/10_data.volume.ipynb #733f22c7
+def volume_key(s): return tuple(-1. if v is None else v for v in s.part)    # sorts, also where a header is silent
+
 def stack_slices(
     slices:list,   # of `Slice`, any order
     shape:tuple,   # `(h, w)` of each
@@ -434,8 +456,11 @@ def stack_slices(
     if (counts > 1).any():
         n = int(counts[0])
         if (counts != n).any(): raise ReadError(f'{int((counts > 1).sum())} of {len(counts)} positions hold more than one slice', 'one slice a position', 'separate the acquisitions', kind='duplicate')
-        pick_item(item, n, '4d', f'the series holds {n} volumes at the same {len(counts)} positions (time points, echoes or b-values)')
-        order = order.reshape(-1, n)[:, item or 0]; at = at[::n]
+        order = np.array([sorted(here, key=lambda i: (volume_key(slices[i]), slices[i].number)) for here in order.reshape(-1, n)])
+        if any(len({volume_key(slices[i]) for i in column}) > 1 for column in order.T): raise ReadError(f'{n} slices at each position, whose b-values, echoes or times do not form {n} volumes', 'complete volumes', 'export the series again, or separate it', kind='duplicate')
+        b = [slices[i].part[0] if slices[i].part else None for i in order[0]]
+        pick_item(item, n, '4d', f'the series holds {n} volumes at the same {len(counts)} positions (time points, echoes or b-values)', b if None not in b else None)
+        order = order[:, item or 0]; at = at[::n]
     else: pick_item(item, 1, '4d', '')
     out = [slices[i] for i in order]; first,last = (np.array(out[k].position) for k in (0, -1))
     if len(out) > 1:
@@ -450,19 +475,35 @@ def stack_slices(
     check_affine(a)
     return out,Grid((len(out), *shape), a),warn
 
-# %% ../../nbs/10_data.volume.ipynb #47fbd6ae
+# %% ../../nbs/10_data.volume.ipynb #192450b4
+def dicom_pixels(ds, kind):
+    "Stored values `(H, W)`, `(H, W, 3)` or with frames in front; compressed ones through whichever codec knows them."
+    from pydicom.pixels import apply_color_lut, pixel_array
+    want = int(ds.Rows)*int(ds.Columns)*int(ds.get('SamplesPerPixel') or 1)*int(ds.get('NumberOfFrames') or 1)*int(ds.BitsAllocated)//8
+    if not ds.file_meta.TransferSyntaxUID.is_compressed and 'PixelData' in ds and len(ds.PixelData) < want - (kind == 'YBR_FULL_422')*want//3:
+        raise ReadError('the file ends inside its pixels', todo='fetch it again', kind='truncated')
+    with pywarnings.catch_warnings():
+        pywarnings.simplefilter('ignore')
+        x = pixel_array(ds) if kind.startswith('MONO') or kind == 'PALETTE COLOR' else ds.pixel_array
+        if kind == 'PALETTE COLOR': x = apply_color_lut(x, ds); x = x >> 8 if x.dtype == np.uint16 else x
+    return x
+
+def dicom_by_itk(ds):
+    "The same through SimpleITK, `(n, H, W)` and rescaled already; it knows JPEG with 12 bits, which pydicom's codecs do not."
+    import SimpleITK as sitk
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(ds.filename))).reshape(-1, int(ds.Rows), int(ds.Columns)).astype(np.float32)
+
 def dicom_values(
     ds,           # a data set with pixels
     frames:list,  # which frames
 )->np.ndarray:    # `(C, n, H, W)` float32, rescaled
     "Stored values to physical ones."
-    from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
+    from pydicom.pixels import apply_modality_lut
     kind = str(ds.get('PhotometricInterpretation', 'MONOCHROME2'))
-    with pywarnings.catch_warnings():
-        pywarnings.simplefilter('ignore')
-        x = pixel_array(ds) if kind.startswith('MONO') or kind == 'PALETTE COLOR' else ds.pixel_array
-        if kind == 'PALETTE COLOR':
-            x = apply_color_lut(x, ds); x = x >> 8 if x.dtype == np.uint16 else x
+    try: x = dicom_pixels(ds, kind)
+    except RuntimeError:
+        if kind != 'MONOCHROME2' or not ds.file_meta.TransferSyntaxUID.is_compressed: raise
+        return dicom_by_itk(ds)[frames][None]
     if int(ds.get('NumberOfFrames') or 1) == 1: x = x[None]
     x = x[frames]
     if not kind.startswith('MONO'): return x[..., :3].transpose(3, 0, 1, 2).astype(np.float32)
@@ -477,19 +518,33 @@ def dicom_values(
         out = np.float32(ends.sum()) - out
     return out[None]
 
+@dataclass
+class Head:
+    "What the header of one DICOM file says about its place in a volume; small, and it crosses process borders."
+    shape:tuple          # `(h, w)`; None where the object holds no image
+    slices:list          # of `Slice`
+    colour:bool=False
+    dtype:str='uint16'   # as stored
+    mosaic:bool=False    # slices tiled in one image
+
+def dicom_head(ds):
+    "The head of a data set."
+    shape = (int(ds.Rows), int(ds.Columns)) if ds.get('Rows') and ds.get('Columns') else None
+    return Head(shape, dicom_slices(ds) if shape else [], int(ds.get('SamplesPerPixel') or 1) > 1 or ds.get('PhotometricInterpretation') == 'PALETTE COLOR',
+        f"{'int' if ds.get('PixelRepresentation') else 'uint'}{int(ds.get('BitsAllocated') or 16)}", 'MOSAIC' in (ds.get('ImageType') or []))
+
 def open_dicom(
     paths:list,     # the files of one series, any order
     item=None,      # which of several volumes at the same positions, or frame
+    heads=None,     # `Head` of each file, where they were read before
 )->Opened:
     "One DICOM series, or one multi-frame file."
-    heads = [dicom_header(p) for p in paths]; ds = heads[0]
-    if 'MOSAIC' in (ds.get('ImageType') or []): raise ReadError('a mosaic: many slices tiled in one image', 'one slice a frame', 'convert it first, e.g. with dcm2niix', kind='mosaic')
-    if not ds.get('Rows') or not ds.get('Columns'): raise ReadError('the DICOM object holds no image', kind='not-image')
-    shape = int(ds.Rows),int(ds.Columns)
-    if any((h.get('Rows'), h.get('Columns')) != shape for h in heads): raise ReadError('the slices differ in size', 'one size', kind='mixed-size')
-    order,grid,warn = stack_slices([s for i,h in enumerate(heads) for s in dicom_slices(h, i)], shape, item)
-    colour = int(ds.get('SamplesPerPixel') or 1) > 1 or ds.get('PhotometricInterpretation') == 'PALETTE COLOR'
-    if colour and len(order) > 1: raise ReadError('a stack of colour images', 'grey slices or one colour image', kind='rgb')
+    heads = heads or [dicom_head(dicom_header(p)) for p in paths]; h0 = heads[0]; shape = h0.shape
+    if shape is None: raise ReadError('the DICOM object holds no image', kind='not-image')
+    if any(h.shape != shape for h in heads): raise ReadError('the slices differ in size', 'one size', kind='mixed-size')
+    if h0.mosaic: return open_mosaic(paths, item, heads)
+    order,grid,warn = stack_slices([replace(s, file=i) for i,h in enumerate(heads) for s in h.slices], shape, item)
+    if h0.colour and len(order) > 1: raise ReadError('a stack of colour images', 'grey slices or one colour image', kind='rgb')
     def load():
         by = {}
         for k,s in enumerate(order): by.setdefault(s.file, []).append(k)
@@ -499,10 +554,38 @@ def open_dicom(
             if out is None: out = np.empty((len(x), len(order), *shape), np.float32)
             out[:, ks] = x
         return out
-    dtype = f"{'int' if ds.get('PixelRepresentation') else 'uint'}{int(ds.get('BitsAllocated') or 16)}"
-    return Opened(grid, load, dtype, 3 if colour else 1, 2 if len(order) == 1 else 3, warn)
+    return Opened(grid, load, h0.dtype, 3 if h0.colour else 1, 2 if len(order) == 1 else 3, warn)
 
-# %% ../../nbs/10_data.volume.ipynb #849437e8
+# %% ../../nbs/10_data.volume.ipynb #a637452a
+def open_mosaic(
+    paths:list,     # the files of one series, each a volume
+    item=None,      # which, in the order of acquisition
+    heads=None,     # `Head` of each file
+)->Opened:
+    "Siemens mosaics through nibabel."
+    with pywarnings.catch_warnings():
+        pywarnings.simplefilter('ignore')                         # nibabel calls this part experimental; its result is checked below
+        from nibabel.nicom.dicomwrappers import MosaicWrapper, wrapper_from_data
+    def wrap(p, pixels=False):
+        w = wrapper_from_data(dicom_header(p, pixels=pixels))
+        if not isinstance(w, MosaicWrapper): raise ReadError('a mosaic whose private header, which says how many slices it holds, was removed', todo='convert the original, e.g. with dcm2niix', kind='mosaic')
+        return w
+    order = sorted(range(len(paths)), key=lambda i: (heads[i].slices[0].number, str(paths[i]))) if heads else list(range(len(paths)))
+    if item is None and len(paths) > 1: wrap(paths[0])
+    pick_item(item, len(paths), '4d', f'the series holds {len(paths)} volumes, each a mosaic', mosaic_bvals([paths[i] for i in order]) if item is None and len(paths) > 1 else None)
+    path = paths[order[item or 0]]; w = wrap(path); h,wd,n = w.image_shape
+    a = np.eye(4); a[:3] = np.diag([-1, -1, 1]) @ np.asarray(w.affine)[:3]      # rows, columns, slices; LPS -> RAS
+    a = a[:, [2, 0, 1, 3]]; check_affine(a)
+    return Opened(Grid((n, h, wd), a), lambda: np.asarray(wrap(path, True).get_data(), np.float32).transpose(2, 0, 1)[None], heads[0].dtype if heads else 'uint16')
+
+def mosaic_bvals(paths):
+    "b-values where every file has one."
+    tag = lambda d: (d.get('DiffusionBValue') if d.get('DiffusionBValue') is not None else getattr(d.get((0x0019, 0x100c)), 'value', None))
+    try: b = [float(tag(dicom_header(p))) for p in paths]
+    except (TypeError, ValueError): return None
+    return b
+
+# %% ../../nbs/10_data.volume.ipynb #18b74424
 OPENERS = dict(nifti=open_nibabel, sitk=open_sitk, dicom=open_dicom, image=open_image, npz=open_npz)
 SUFFIXES = {'nifti': ('.nii', '.hdr', '.img', '.mnc', '.par', '.rec', '.mgh', '.mgz'), 'sitk': ('.nrrd', '.nhdr', '.mha', '.mhd', '.gipl', '.vtk'),
     'dicom': ('.dcm', '.dicom', '.ima'), 'image': ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp'), 'npz': ('.npz',), 'text': ('.txt',), 'csv': ('.csv', '.tsv')}
@@ -522,6 +605,7 @@ def open_volume(
     paths,        # a file, or the files of one series or pair
     format=None,  # nifti, sitk, dicom, image, npz; None guesses
     item=None,    # frame, page or row where a file holds several
+    heads=None,   # DICOM: `Head` of each file, where they were read before
 )->Opened:
     "Header now, voxels when asked; every failure is a `ReadError`."
     paths = [Path(p) for p in (paths if isinstance(paths, (list, tuple)) else [paths])]
@@ -533,7 +617,7 @@ def open_volume(
     format = format or guess_format(paths[0])
     if format is None: raise ReadError('the format is not known', 'one of ' + ', '.join(OPENERS), kind='format', name=name)
     choose(format, OPENERS, 'format')
-    o = _guard(lambda: OPENERS[format](paths, item), format, name)
+    o = _guard(lambda: OPENERS[format](paths, item, **(dict(heads=heads) if heads and format == 'dicom' else {})), format, name)
     load = o.load; o.load = lambda: _guard(load, format, name)
     return o
 
@@ -546,7 +630,7 @@ def _guard(f, format, name):
     except Exception as e:                                      # decoders raise anything; its text may quote the file, so only its type is told
         raise ReadError(f'cannot be decoded as {format} ({type(e).__name__})', kind='unreadable', name=name) from e
 
-# %% ../../nbs/10_data.volume.ipynb #2859628e
+# %% ../../nbs/10_data.volume.ipynb #a735442c
 def read_volume(
     paths,              # a file, or the files of one series or pair
     format=None,        # nifti, sitk, dicom, image, npz; None guesses
@@ -572,10 +656,11 @@ def probe(
     item=None,
     channels=None,       # 1 or 3 where the caller knows
     verify:bool=True,    # decode the voxels too, so that a broken file is found now and not in the middle of a night
+    heads=None,          # DICOM: `Head` of each file, where they were read before
 )->dict:                 # the FILE entry of the manifest, without its pseudonym; also `look` (with `verify`) and `warnings` where there are any
     "What a file holds."
     paths = [Path(p) for p in (paths if isinstance(paths, (list, tuple)) else [paths])]
-    o = open_volume(paths, format, item); c = channels or o.channels
+    o = open_volume(paths, format, item, heads); c = channels or o.channels
     format = format or guess_format(paths[0])
     look = {}
     if verify or format in ('image', 'npz') and channels is None:
