@@ -10,7 +10,7 @@ __all__ = ['NPZ_SPLITS', 'OPENERS', 'SUFFIXES', 'Grid', 'flat_grid', 'Volume', '
            'dicom_values', 'Head', 'dicom_head', 'open_dicom', 'open_mosaic', 'mosaic_bvals', 'guess_format',
            'open_volume', 'read_volume', 'probe', 'look_at', 'sha256_files', 'write_nifti']
 
-# %% ../../nbs/10_data.volume.ipynb #9094d63f
+# %% ../../nbs/10_data.volume.ipynb #fb9a803e
 import gzip
 import hashlib
 import os
@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import UserError, atomic, choose, sha256_file
+from .privacy import keep_allowed, show_paths
 
 # %% ../../nbs/10_data.volume.ipynb #dc41b2b6
 @dataclass(frozen=True, eq=False)
@@ -284,13 +285,14 @@ def _header_path(paths):
         if str(p).lower().removesuffix('.gz').endswith(('.hdr', '.par')): return str(p)
     return str(paths[0])
 
-# %% ../../nbs/10_data.volume.ipynb #a4719f19
+# %% ../../nbs/10_data.volume.ipynb #9420c14a
 def open_sitk(
     paths:list,     # one file
     item=None,      # component or frame
 )->Opened:
     "NRRD, MHA/MHD, GIPL, VTK and whatever else ITK reads."
     import SimpleITK as sitk
+    if not show_paths(): sitk.ProcessObject.SetGlobalWarningDisplay(False)   # ITK prints paths to the terminal
     r = sitk.ImageFileReader(); r.SetFileName(str(paths[0])); r.ReadImageInformation()
     n,size,c = r.GetDimension(),r.GetSize(),r.GetNumberOfComponents()
     if n not in (2, 3, 4): raise ReadError(f'{n} dimensions', '2 to 4', kind='4d')
@@ -384,7 +386,7 @@ def open_npz(
     g = flat_grid(*x.shape[2:])
     return Opened(Grid(x.shape[1:], g.affine), lambda: x, x.dtype.name, len(x), dims)
 
-# %% ../../nbs/10_data.volume.ipynb #c27a5b37
+# %% ../../nbs/10_data.volume.ipynb #17e92d56
 @dataclass
 class Slice:
     "One frame of one DICOM file, with its place."
@@ -398,8 +400,8 @@ class Slice:
     part:tuple=()   # `(b-value, echo, time point)` as the header says: tells volumes at one place apart
     number:tuple=() # `(acquisition, instance)`: their order where `part` is silent
 
-def dicom_header(path, pixels=False):
-    "A data set; files without a preamble are read too, if they look like DICOM inside."
+def dicom_header(path, pixels=False, vendor=False):
+    "What the allow-list leaves of a data set; files without a preamble are read too, if they look like DICOM inside."
     import pydicom
     with pywarnings.catch_warnings():
         pywarnings.simplefilter('ignore')
@@ -411,7 +413,9 @@ def dicom_header(path, pixels=False):
         little,implicit = ds.original_encoding[1],ds.original_encoding[0]
         uid = pydicom.uid
         ds.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
-    return ds
+    with pywarnings.catch_warnings():
+        pywarnings.simplefilter('ignore')
+        return keep_allowed(ds, vendor)
 
 def dicom_slices(ds, file=0):
     "Every frame of a data set as a `Slice`."
@@ -475,7 +479,7 @@ def stack_slices(
     check_affine(a)
     return out,Grid((len(out), *shape), a),warn
 
-# %% ../../nbs/10_data.volume.ipynb #192450b4
+# %% ../../nbs/10_data.volume.ipynb #7b4d1626
 def dicom_pixels(ds, kind):
     "Stored values `(H, W)`, `(H, W, 3)` or with frames in front; compressed ones through whichever codec knows them."
     from pydicom.pixels import apply_color_lut, pixel_array
@@ -491,6 +495,7 @@ def dicom_pixels(ds, kind):
 def dicom_by_itk(ds):
     "The same through SimpleITK, `(n, H, W)` and rescaled already; it knows JPEG with 12 bits, which pydicom's codecs do not."
     import SimpleITK as sitk
+    if not show_paths(): sitk.ProcessObject.SetGlobalWarningDisplay(False)
     return sitk.GetArrayFromImage(sitk.ReadImage(str(ds.filename))).reshape(-1, int(ds.Rows), int(ds.Columns)).astype(np.float32)
 
 def dicom_values(
@@ -556,7 +561,7 @@ def open_dicom(
         return out
     return Opened(grid, load, h0.dtype, 3 if h0.colour else 1, 2 if len(order) == 1 else 3, warn)
 
-# %% ../../nbs/10_data.volume.ipynb #a637452a
+# %% ../../nbs/10_data.volume.ipynb #c12a149c
 def open_mosaic(
     paths:list,     # the files of one series, each a volume
     item=None,      # which, in the order of acquisition
@@ -567,7 +572,7 @@ def open_mosaic(
         pywarnings.simplefilter('ignore')                         # nibabel calls this part experimental; its result is checked below
         from nibabel.nicom.dicomwrappers import MosaicWrapper, wrapper_from_data
     def wrap(p, pixels=False):
-        w = wrapper_from_data(dicom_header(p, pixels=pixels))
+        w = wrapper_from_data(dicom_header(p, pixels=pixels, vendor=True))
         if not isinstance(w, MosaicWrapper): raise ReadError('a mosaic whose private header, which says how many slices it holds, was removed', todo='convert the original, e.g. with dcm2niix', kind='mosaic')
         return w
     order = sorted(range(len(paths)), key=lambda i: (heads[i].slices[0].number, str(paths[i]))) if heads else list(range(len(paths)))
@@ -581,7 +586,7 @@ def open_mosaic(
 def mosaic_bvals(paths):
     "b-values where every file has one."
     tag = lambda d: (d.get('DiffusionBValue') if d.get('DiffusionBValue') is not None else getattr(d.get((0x0019, 0x100c)), 'value', None))
-    try: b = [float(tag(dicom_header(p))) for p in paths]
+    try: b = [float(tag(dicom_header(p, vendor=True))) for p in paths]
     except (TypeError, ValueError): return None
     return b
 
