@@ -46,7 +46,7 @@ def per_case(
     if len(v) != len(x): raise UserError(f'{len(v)} drawn parameters for {len(x)} cases', 'one for each case')
     return v.to(x).view(*v.shape, *[1]*(x.ndim - v.ndim))
 
-# %% ../../nbs/12_data.transforms.ipynb #2cb58fdc
+# %% ../../nbs/12_data.transforms.ipynb #b74485e7
 def draw_affine(
     n:int,               # cases, or crops
     dims:int,            # 2 or 3
@@ -79,7 +79,7 @@ def affine_matrix(
     inv = torch.where(a['flip'], -1., 1.).double() / a['scale'].double()      # F⁻¹ S⁻¹, diagonal
     M,t = inv[:,:,None] * R.transpose(1, 2),a['shift'].double()
     if spacing is not None:
-        s = spacing.double().cpu()
+        s = spacing.cpu().double()               # in this order: Apple GPUs have no float64
         M,t = M * s[:,None,:] / s[:,:,None],t / s
     return M,t
 
