@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAEConfig', 'real_voxels', 'MAE']
 
-# %% ../../nbs/41_tasks.mae.ipynb #0fd6e8ac
+# %% ../../nbs/41_tasks.mae.ipynb #c35e7e01
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,10 +16,11 @@ from ..core import UserError
 from ..data.masking import block_mask
 from ..data.transforms import zscore
 from ..losses.recon import masked_mse
-from ..nets.unet import PyramidDecoder, ResNetEncoder, UNetEncoder
+from ..nets.registry import named_encoder
+from ..nets.unet import PyramidDecoder
 from .base import Task, one_modality
 
-# %% ../../nbs/41_tasks.mae.ipynb #fddfd26c
+# %% ../../nbs/41_tasks.mae.ipynb #ad83cf53
 @dataclass
 class MAEConfig:
     "Masked reconstruction with a convolutional network."
@@ -27,9 +28,9 @@ class MAEConfig:
     channels:tuple[str,...]|None=None # modalities wanted from the data; None: all there are
     in_channels:int=1                 # 1: one present modality is drawn for each case; M: all M at once, absent ones zero
     copies:int=1                      # feed each channel this many times (3 for a network made for colours)
-    net:Literal['unet','resnet18']='unet'  # encoder; resnet18 is 2-D
-    widths:tuple[int,...]=(64,128,256,512) # of the U-Net, as in PCRLv2
-    norm:Literal['batch','instance','group']='batch'  # of the U-Net and the decoder
+    net:Literal['unet','resnet18','plain','resenc']='unet'  # encoder; resnet18 is 2-D, plain and resenc are nnU-Net's
+    widths:tuple[int,...]=(64,128,256,512) # per feature, fine to coarse, as in PCRLv2; resnet18 has its own
+    norm:Literal['batch','instance','group']|None=None  # of encoder and decoder; None: the encoder's own (unet, resnet18: batch; plain, resenc: instance)
     weights:str|None=None             # where a ResNet-18 begins: a state dict on disk; None: random
     block:int=8                       # side of a hidden block, voxels
     ratio:float=.75                   # share of blocks hidden; He et al. 2022
@@ -63,7 +64,7 @@ def real_voxels(
         real = real * along.view(len(x), 1, *[s if b == a else 1 for b in range(len(S))])
     return real
 
-# %% ../../nbs/41_tasks.mae.ipynb #8ac4b31d
+# %% ../../nbs/41_tasks.mae.ipynb #9139118e
 class MAE(Task):
     "Hide blocks, rebuild them."
     method = 'mae'
@@ -76,15 +77,10 @@ class MAE(Task):
         if c.in_channels > 1 and c.channels and len(c.channels) != c.in_channels: raise UserError(f'{len(c.channels)} channel names for in_channels={c.in_channels}', 'as many')
         if c.copies < 1 or c.in_channels < 1: raise UserError(f'in_channels={c.in_channels}, copies={c.copies}', 'at least 1')
         if not 0 < c.ratio < 1: raise UserError(f'ratio is {c.ratio}', 'a share between 0 and 1')
-        if c.net == 'resnet18':
-            if dims != 2: raise UserError(f'resnet18 and region {self.region}', 'a 2-D region', "use net='unet'")
-            self.encoder = ResNetEncoder(c.in_channels*c.copies, c.weights)
-        else:
-            if c.weights: raise UserError("weights are given for net='unet'", "net='resnet18'")
-            self.encoder = UNetEncoder(c.in_channels*c.copies, c.widths, dims, c.norm)
+        self.encoder = named_encoder(c.net, c.in_channels*c.copies, dims, c.widths, c.norm, c.weights)
         for word,by in (('stride of the encoder', self.encoder.strides[-1]), ('block', c.block)):
             if any(s % by for s in self.region): raise UserError(f'region {self.region} is not divisible by the {word}, {by}', 'a multiple on every axis')
-        self.decoder = PyramidDecoder(self.encoder, c.in_channels, norm=c.norm)
+        self.decoder = PyramidDecoder(self.encoder, c.in_channels, norm=c.norm or self.encoder.norm)
         if c.fill == 'token': self.token = nn.Parameter(torch.zeros(1, c.in_channels, *[1]*dims))
     def views(self, batch, gen):
         c,x,present = self.cfg,batch['image'],batch['present']

@@ -7,7 +7,7 @@ __all__ = ['LUMA', 'PCRLv2Config', 'tissue_score', 'lattice', 'redraw', 'crop_bo
            'calm', 'pick_channels', 'take', 'aim', 'draw_levels', 'beta_at', 'make_views', 'up_bias', 'merged_kernel',
            'worth_merging', 'climb', 'PCRLv2', 'local_term']
 
-# %% ../../nbs/42_tasks.pcrlv2.ipynb #9bc5fb64
+# %% ../../nbs/42_tasks.pcrlv2.ipynb #7104911e
 import math
 from dataclasses import dataclass, replace
 
@@ -21,18 +21,19 @@ from ..data.transforms import (apply_block_swap, apply_blur, apply_cutout, apply
     draw_affine, draw_block_swap, draw_blur, draw_cutout, draw_gamma, draw_jitter, draw_noise, normalise, zscore)
 from ..losses.contrast import siamese, spread
 from ..nets.heads import Predictor, Projection, RestoreHead
-from ..nets.unet import PyramidDecoder, ResNetEncoder, UNetEncoder
+from ..nets.registry import named_encoder
+from ..nets.unet import PyramidDecoder
 from .base import Task, idle_zero, one_modality
 
-# %% ../../nbs/42_tasks.pcrlv2.ipynb #f2a934b7
+# %% ../../nbs/42_tasks.pcrlv2.ipynb #2814e805
 @dataclass
 class PCRLv2Config:
     "PCRLv2; the defaults are the 3-D form (chest CT) of the specification."
     dims:int=3                       # 2 or 3
     # network
-    net:str='unet'                   # 'unet' | 'resnet18' (2-D)
+    net:str='unet'                   # 'unet' | 'resnet18' (2-D) | 'plain', 'resenc' (nnU-Net's)
     in_channels:int=1                # 1: one present modality is drawn per case; 3 with grey images: the image three times
-    widths:tuple[int,...]=(64,128,256,512)  # of the U-Net, fine to coarse
+    widths:tuple[int,...]=(64,128,256,512)  # per feature, fine to coarse; resnet18 has its own
     weights:str|None=None            # ResNet: file to start from; None = random (decision 7)
     head:str='paper'                 # 'paper': conv-BN-ReLU-conv, linear | 'bounded': conv-BN-sigmoid, the authors' 3-D code (decision 2)
     merge:bool=True                  # exact fusion of each up-sampling with the convolution behind it: same function, less work
@@ -82,7 +83,7 @@ class PCRLv2Config:
     terms:tuple[float,float,float,float]=(1.,1.,1.,1.)  # weights of rec, mid, global, local
 
     def __post_init__(self):
-        for k,words in dict(net=('unet','resnet18'), head=('paper','bounded'), crops=('pair','area'), norm=('zscore','fixed'), target=('unit','zscore','normalised'),
+        for k,words in dict(net=('unet','resnet18','plain','resenc'), head=('paper','bounded'), crops=('pair','area'), norm=('zscore','fixed'), target=('unit','zscore','normalised'),
             level=('random','all'), draws=('each','one'), beta=('cosine','constant')).items(): choose(getattr(self, k), words, k)
         bad = lambda came,want,todo='': (_ for _ in ()).throw(UserError(f'PCRLv2: {came}', want, todo))
         if self.dims not in (2,3): bad(f'dims is {self.dims}', '2 or 3')
@@ -354,13 +355,13 @@ def climb(
         out.append(x := second(x))
     return out
 
-# %% ../../nbs/42_tasks.pcrlv2.ipynb #32812c07
+# %% ../../nbs/42_tasks.pcrlv2.ipynb #1fd23d31
 class PCRLv2(Task):
     "Preserve pixels, semantics and scale: siamese comparison and restoration at every level of a decoder without lateral connections."
     def __init__(self, cfg:PCRLv2Config=None):
         super().__init__()
         self.cfg = cfg = cfg or PCRLv2Config(); bounded = cfg.head == 'bounded'
-        self.encoder = ResNetEncoder(cfg.in_channels, cfg.weights) if cfg.net == 'resnet18' else UNetEncoder(cfg.in_channels, cfg.widths, cfg.dims)
+        self.encoder = named_encoder(cfg.net, cfg.in_channels, cfg.dims, cfg.widths, weights=cfg.weights)
         self.decoder = PyramidDecoder(self.encoder, cfg.in_channels, sigmoid=bounded)
         self.project = nn.ModuleList(Projection(w) for w in self.decoder.widths)
         self.predict = nn.ModuleList(Predictor(w) for w in self.decoder.widths)
