@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['RESERVED', 'FREE', 'RESUME', 'TrainConfig', 'check_config', 'make_optimizer', 'make_fabric', 'NonFinite', 'Trainer',
-           'dump_step', 'replay', 'History', 'run_lock', 'Stopped', 'Stopper', 'differing', 'restore', 'case_loader',
-           'scalar_log', 'train', 'loop']
+           'dump_step', 'replay', 'History', 'run_lock', 'Stopped', 'Stopper', 'out_of_memory', 'trouble', 'differing',
+           'restore', 'case_loader', 'scalar_log', 'train', 'loop']
 
-# %% ../../nbs/52_train.trainer.ipynb #5fb5bec3
+# %% ../../nbs/52_train.trainer.ipynb #9fa9864f
 import errno
 import json
 import math
 import os
+import re
 import signal
 import socket
 import threading
@@ -26,9 +27,9 @@ import torch
 from torch import nn
 
 from ..config import save_yaml, to_dict
-from ..core import UserError, choose, generator, read_json, write_json, write_jsonl
+from ..core import UserError, choose, disk_errors, generator, read_json, write_json, write_jsonl
 from ..tasks.base import to_device
-from .checkpoint import export_encoder, fit_exactly, latest, load_checkpoint, method_of, prune, read_tensors, save_checkpoint, task_state
+from .checkpoint import export_encoder, fit_exactly, latest, load_checkpoint, method_of, own, prune, read_tensors, save_checkpoint, task_state, tidy
 from .schedule import KINDS, lr_at
 
 # %% ../../nbs/52_train.trainer.ipynb #db93bfa8
@@ -241,7 +242,7 @@ def replay(
     batches = [{**read_tensors(dump/f'rank_{rank}_micro_{m}.safetensors'), **p} for m,p in enumerate(info['plain'])]
     return [{k: v.item() for k,v in tr.terms(b, m).items()} for m,b in enumerate(batches)]
 
-# %% ../../nbs/52_train.trainer.ipynb #82d29cf4
+# %% ../../nbs/52_train.trainer.ipynb #e948acd6
 class History:
     "Rows as JSON lines, cut back to a step and then appended to."
     def __init__(self, path, upto:int=0):
@@ -252,6 +253,7 @@ class History:
             except json.JSONDecodeError:
                 if i == len(lines)-1: break                     # killed while writing: the step is redone
                 raise UserError(f'{path}, line {i+1} is not JSON', 'one row a line', 'the file was damaged; move it away to continue without the past') from None
+            if not isinstance(row, dict) or not isinstance(row.get('step'), int): raise UserError(f'{path}, line {i+1} is no row of a history', '{"step": …}', 'the file was damaged; move it away to continue without the past')
             if row['step'] <= upto: rows.append(row)
         if [r['step'] for r in rows] != list(range(1, upto+1)): warnings.warn(f'{path} does not hold every row up to step {upto}: {len(rows)} found. The weights are complete, the curve is not.')
         write_jsonl(self.path, rows)
@@ -261,7 +263,7 @@ class History:
     def sync(self): self.file.flush(); os.fsync(self.file.fileno())
     def close(self): self.file.close()
 
-# %% ../../nbs/52_train.trainer.ipynb #8c71bc01
+# %% ../../nbs/52_train.trainer.ipynb #fb7f3d51
 _LOCKED = set()  # a record lock does not keep a process from locking twice, so we remember
 
 @contextmanager
@@ -270,43 +272,78 @@ def run_lock(
 ):
     "Hold the run; a second process gets an error that names the first."
     import fcntl
-    out = Path(out).resolve(); out.mkdir(parents=True, exist_ok=True); path = out/'.lock'
+    out = Path(out).resolve(); path = out/'.lock'
     taken = lambda who: UserError(f'{out.name} is in use by {who}', 'one process per run', 'wait for it, stop it, or choose another directory')
     if out in _LOCKED: raise taken(f'this process ({os.getpid()})')
-    with open(path, 'a+') as f:
+    with disk_errors(out, 'the lock of the run', todo='choose a directory in which you may write'):
+        out.mkdir(parents=True, exist_ok=True)
+        for n in ('.lock', 'checkpoints', 'encoder', 'tb'): own(out, n)      # a directory that somebody sent must not make us write, or delete, elsewhere
+        if path.is_symlink(): raise UserError(f'.lock in {out.name} is a link', 'a plain file')
+        f = os.fdopen(os.open(path, os.O_RDWR|os.O_CREAT|os.O_NOFOLLOW, 0o666), 'r+')
+    with f:
+        who = f.read().strip()
         try: fcntl.lockf(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
         except OSError as e:
-            if e.errno not in (errno.EACCES, errno.EAGAIN): warnings.warn(f'this file system cannot lock {path} ({e}): make sure that no other process uses the run')
-            else:
-                f.seek(0); raise taken(f.read().strip() or 'another process') from None
+            if e.errno in (errno.EACCES, errno.EAGAIN): raise taken(who or 'another process') from None
+            m = re.fullmatch(r'process (\d+) on (.+)', who)                   # no locks here: the name of the last holder is what there is
+            if m and m[2] == socket.gethostname() and _alive(int(m[1])): raise taken(f'{who} (if that is no run, delete {path})') from None
+            warnings.warn(f'this file system cannot lock {path} ({e}): make sure that no other process uses the run')
         _LOCKED.add(out)
         try:
-            f.seek(0); f.truncate(); f.write(f'process {os.getpid()} on {socket.gethostname()}'); f.flush()
+            with disk_errors(out, 'the lock of the run'): f.seek(0); f.truncate(); f.write(f'process {os.getpid()} on {socket.gethostname()}'); f.flush()
             yield
-        finally: _LOCKED.discard(out)
+        finally: _LOCKED.discard(out); f.seek(0); f.truncate()
 
-# %% ../../nbs/52_train.trainer.ipynb #941b5616
+def _alive(pid):
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except PermissionError: pass
+    return pid != os.getpid()
+
+# %% ../../nbs/52_train.trainer.ipynb #a68112a1
 class Stopped(KeyboardInterrupt):
     "A signal came, the step was finished, and the run is saved: the same call continues it."
 
 class Stopper:
-    "Notices SIGINT and SIGTERM while it is entered; `.reason` says which."
+    "Notices SIGINT, SIGTERM and SIGUSR1 while it is entered; `.reason` says which."
     def __init__(self): self.reason,self.pid,self.at = '',os.getpid(),0.
     def __enter__(self):
-        self.old = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)} if threading.current_thread() is threading.main_thread() else {}
+        self.old = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)} if threading.current_thread() is threading.main_thread() else {}
         return self
     def __exit__(self, *_):
         for s,h in self.old.items(): signal.signal(s, h)
     def note(self, signum, frame):
-        if os.getpid() != self.pid:                                          # a loader worker
+        if os.getpid() != self.pid:                                          # a child of ours
             if signum == signal.SIGTERM: signal.signal(signum, signal.SIG_DFL); os.kill(os.getpid(), signum)
             return
         now = time.monotonic()
         if self.reason and signum == signal.SIGINT and now - self.at > 1: raise KeyboardInterrupt
         self.reason = self.reason or signal.Signals(signum).name; self.at = self.at or now
 
-# %% ../../nbs/52_train.trainer.ipynb #918b026a
-FREE = ('workers', 'save_every', 'keep', 'log_every', 'tensorboard', 'bar', 'health_every', 'max_minutes', 'out', 'name', 'resume')  # change no result
+# %% ../../nbs/52_train.trainer.ipynb #f58b9916
+def out_of_memory(e)->bool:
+    "Whether an error means that memory ran out."
+    text = str(e).lower()
+    return (isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, OSError) and e.errno == errno.ENOMEM
+            or isinstance(e, RuntimeError) and any(w in text for w in ('out of memory', 'not enough memory', "can't allocate memory", 'unable to mmap', 'cannot allocate memory')))
+
+@contextmanager
+def trouble(
+    out,               # run directory
+    cfg:TrainConfig,
+):
+    "A full memory or disk becomes a sentence that says what stands and what to do; other errors pass."
+    try:
+        with disk_errors(out, 'the run'): yield
+    except (MemoryError, RuntimeError, OSError) as e:
+        if not out_of_memory(e): raise
+        have = latest(out); what = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+        raise UserError(f'the memory is full ({what})', '', f'{f"nothing before {have.name} is lost" if have else "no checkpoint was written yet"}. Where memory goes: --train.batch (now {cfg.batch}; half of it with --train.accum {cfg.accum*2} '
+            f'sees as many cases a step), the region of the task, --train.precision (now {cfg.precision}; bf16-mixed halves activations), and for main memory --train.workers (now {cfg.workers}). '
+            'Other workers change no result and simply continue; with the others choose a new --out, or --resume force to go on from the checkpoint') from e
+
+# %% ../../nbs/52_train.trainer.ipynb #4026ccbf
+FREE = ('workers', 'save_every', 'keep', 'log_every', 'tensorboard', 'bar', 'health_every', 'max_minutes', 'out', 'name', 'resume', 'data')  # change no result (what the data is, its fingerprint says)
 
 def differing(
     old:dict,   # settings, nested
@@ -357,7 +394,7 @@ def case_loader(
     from medssl_nb.data.cases import make_loader
     return make_loader(cases, **args)
 
-# %% ../../nbs/52_train.trainer.ipynb #78366a9a
+# %% ../../nbs/52_train.trainer.ipynb #686ccb11
 def scalar_log(
     path,       # folder
     start:int,  # steps done: later points of an earlier life are dropped
@@ -386,12 +423,12 @@ def train(
     out,(fabric,cfg) = Path(out),make_fabric(check_config(cfg))
     lead = fabric.global_rank == 0
     devices = [fabric.device] if fabric.device.type == 'cuda' else []
-    with run_lock(out) if lead else nullcontext(), Stopper() as stop, torch.random.fork_rng(devices=devices):
+    with trouble(out, cfg), run_lock(out) if lead else nullcontext(), Stopper() as stop, torch.random.fork_rng(devices=devices):
         tr = Trainer(task, cfg, fabric, out, method)
         settings = to_dict(config) if config is not None else dict(method=tr.method, train=to_dict(cfg), task=to_dict(getattr(task, 'cfg', None)))
         # what is compared on resume: also how many processes there are, and the data behind them
         settings = json.loads(json.dumps({**settings, 'world': fabric.world_size, 'data_card': (card or {}).get('data')}))
-        if lead: prune(out/'checkpoints', 0)
+        if lead: tidy(out); prune(out/'checkpoints', 0)
         fabric.barrier()
         restore(tr, out, settings, resume)
         if lead: save_yaml({k: v for k,v in settings.items() if k not in ('world', 'data_card')}, out/'config.yaml')
