@@ -10,9 +10,9 @@ __all__ = ['TOKENS', 'MR_KINDS', 'CONTRAST', 'LABEL', 'NOISE', 'PAIRS', 'IMAGE_D
            'dicom_modality', 'dicom_key', 'split_series', 'find_dicom', 'progress', 'read_table', 'read_text',
            'find_npz', 'find_text', 'pick_column', 'label_value', 'join_labels', 'find_table', 'IngestConfig',
            'check_config', 'bids_roots', 'find_volumes', 'find_items', 'find_label_dir', 'probe_item', 'by_grid',
-           'make_cases', 'join_grids', 'Names', 'case_row', 'ingest', 'use_labels', 'twins', 'summary']
+           'make_cases', 'join_grids', 'Names', 'hide_words', 'case_row', 'ingest', 'use_labels', 'twins', 'summary']
 
-# %% ../../nbs/16_data.ingest.ipynb #4815e7f2
+# %% ../../nbs/16_data.ingest.ipynb #b800298a
 import csv
 import os
 import re
@@ -25,6 +25,7 @@ import numpy as np
 
 from ..core import UserError, choose, nearest, pseudonym, read_json, site_key
 from .cases import MODALITIES, channel_order, write_manifest
+from .privacy import identifying, quiet_readers, safe_words, show_paths
 from .volume import Grid, ReadError, dicom_header, guess_format, npz_rows, probe
 
 # %% ../../nbs/16_data.ingest.ipynb #7370ad4d
@@ -311,12 +312,12 @@ def split_series(
             out.append(list(once.values()))
     return out,problems
 
-# %% ../../nbs/16_data.ingest.ipynb #ae14902b
+# %% ../../nbs/16_data.ingest.ipynb #ba0a0f69
 def find_dicom(
     files:list, root, cfg,
 )->tuple:      # items, problems
     "DICOM files, grouped by what their headers say."
-    groups,problems = {},[]
+    groups,problems,burned = {},[],set()
     for p in progress(files, 'reading DICOM headers', cfg):
         try:
             ds = dicom_header(p); tag = str(ds.get('Modality') or '')
@@ -326,6 +327,7 @@ def find_dicom(
                 problems.append(Problem([p], 'not-image', f'a DICOM object without an image: {NOT_IMAGES.get(tag, "of another kind")}', 'warning')); continue
             about = f"{ds.get('SeriesDescription') or ''} {ds.get('ProtocolName') or ''} {' '.join(ds.get('ImageType') or [])}"
             if {'localizer', 'localiser', 'scout', 'topogram', 'survey'} & set(words(about)): problems.append(Problem([p], 'localiser', 'a localiser', 'warning')); continue
+            if str(ds.get('BurnedInAnnotation') or '').upper() == 'YES': burned.add(p)
             place = lambda t: tuple(float(x) for x in ds[t].value) if ds.get(t) is not None else None
             uid = str(ds.get('SOPInstanceUID') or p),place('ImagePositionPatient')
             known = dict(modality=dicom_modality(ds, Path(p).parent.name, cfg.modality_map), subject=str(ds.get('PatientID') or '').strip(), session=str(ds.get('StudyInstanceUID') or ''), space=str(ds.get('FrameOfReferenceUID') or '') or None)
@@ -337,6 +339,7 @@ def find_dicom(
         parts,more = split_series(found); problems += more
         for part in parts:
             known = part[0][3]; files = [f[0] for f in part]
+            if burned & set(files): problems.append(Problem(files, 'burned-in', 'the header says that text is burned into the pixels; it may hold names, and it is not removed', 'warning'))
             if not known['subject']: problems.append(Problem(files, 'no-subject', 'no PatientID; the study counts as a person of its own', 'warning'))
             subject = known['subject'] or f"study {known['session']}" if known['session'] or known['subject'] else str(files[0])
             case = f"{subject}|{known['session']}|{key[4]}"
@@ -484,7 +487,7 @@ def find_table(
     paired = {q for i in items for q in i.paths[1:] if i.format != 'dicom'}              # a data file that has its own row and belongs to a header
     return [i for i in items if i.paths[0] not in paired],problems,root
 
-# %% ../../nbs/16_data.ingest.ipynb #5adfdf5a
+# %% ../../nbs/16_data.ingest.ipynb #d7fb6c1b
 LAYOUTS = ('auto', 'nifti', 'bids', 'dicom', 'images', 'npz', 'text', 'table')
 
 @dataclass
@@ -507,6 +510,7 @@ class IngestConfig:
     frame:int|None=None          # of files that hold several volumes (time, b-value); without it they are problems
     text_columns:tuple[str,...]=()   # columns of a table of reports
     verify:bool=True             # decode every volume once, so that broken files are found now
+    hide_labels:bool=False       # pseudonyms for all names of classes, where they could tell who
     progress:bool=True           # show a bar
 
 def check_config(cfg):
@@ -676,7 +680,7 @@ def join_grids(drafts, loose, problems):
         else: left.append((i, f))
     return [ref, *rest],left
 
-# %% ../../nbs/16_data.ingest.ipynb #4d0951e8
+# %% ../../nbs/16_data.ingest.ipynb #aafcba70
 class Names:
     "Pseudonyms, and the private way back."
     def __init__(self, key:bytes, root): self.key,self.root,self.rows = key,Path(os.path.abspath(root)),{}
@@ -687,10 +691,22 @@ class Names:
         rel = [p.relative_to(root).as_posix() for p in absolute]; f = pseudonym(self.key, '\n'.join(sorted(rel)), 'f')
         self.rows[f] = dict(file=f, root=str(root), paths=rel)
         return f
+    def shown(self, paths):
+        "A file as a message may name it: by its pseudonym, unless `MEDSSL_SHOW_PATHS` is set."
+        return os.path.relpath(paths[0], self.root) + (f' and {len(paths)-1} more' if len(paths) > 1 else '') if show_paths() else self.file(paths)
     def of(self, text, prefix): return pseudonym(self.key, self._relative(str(text)), prefix)
     def _relative(self, t):
         "Names made of paths must not change when the folder moves."
         return t.replace(str(self.root) + '/', '')
+
+def hide_words(items, key, cfg):
+    "Class names and groups that could tell who become pseudonyms; a row for each."
+    mine = [i for i in items if i.role != 'label']
+    for i in mine: i.values = dict(i.values)
+    out = [Problem(mine[k].paths, 'label-identity', f'the label {n!r} looks like {why}; a pseudonym stands for it', 'warning') for k,r in safe_words([(i.subject, i.values) for i in mine], key, cfg.hide_labels).items() for n,why in r.items()]
+    for i in mine:
+        if i.group and (why := identifying(i.group, [i.subject])): i.group = pseudonym(key, i.group, 'g'); out.append(Problem(i.paths, 'label-identity', f'the group looks like {why}; a pseudonym stands for it', 'warning'))
+    return out
 
 def case_row(draft, n, names, group):
     "One row of `cases.jsonl`."
@@ -703,7 +719,8 @@ def case_row(draft, n, names, group):
     return dict(case=names.of(f'{i0.case}|{i0.session}|{n}', 'c'), subject=names.of(i0.subject, 's'), session=names.of(f'{i0.subject}|{i0.session}', 'v') if i0.session else '',
         dims=next(iter(draft['images'].values()))[1]['dims'], images=images, labels=labels, group=i0.group or group, split={'validation': 'val', 'valid': 'val', 'training': 'train', 'testing': 'test'}.get(split, split))
 
-# %% ../../nbs/16_data.ingest.ipynb #72e3516d
+# %% ../../nbs/16_data.ingest.ipynb #452fc223
+@quiet_readers()
 def ingest(
     cfg,        # `IngestConfig`
 )->dict:        # counts, and `out`
@@ -715,25 +732,26 @@ def ingest(
     for i in items:
         if i.role == 'image' and cfg.modality and i.modality in (None, 'mr'): i.modality = cfg.modality
     labels,problems = use_labels(items, problems, root, layout, cfg)
+    names = Names(site_key(cfg.key or Path(cfg.out)/'private'/'key'), root); problems += hide_words(items, names.key, cfg)
     groups = {}
     for i in progress(items, 'opening files', cfg):
         f,more = probe_item(i, cfg); problems += more
         if f: groups.setdefault((i.case, i.session), []).append((i, f))
-    names = Names(site_key(cfg.key or Path(cfg.out)/'private'/'key'), root); rows = []
+    rows = []
     for _,found in sorted(groups.items()):
         if all(i.role == 'label' for i,_ in found): problems += [Problem(i.paths, 'orphan-label', 'its image could not be read, or is not there') for i,_ in found]; continue
         drafts,more = make_cases(found, cfg); problems += more
         rows += [case_row(c, n, names, cfg.group) for n,c in enumerate(drafts)]
     problems += twins(rows, names)
     bad = [r for r in rows if r['split'] not in (None, 'train', 'val', 'test')]
-    if bad: raise UserError(f'split {bad[0]["split"]!r}', 'train, val or test', 'map the column or correct it')
+    if bad: raise UserError(f'{len(bad)} of {len(rows)} cases have a split of another name', 'train, val or test', 'map the column or correct it')
     listed = [dict(file=names.file(p.paths), kind=p.kind, reason=p.reason, severity=p.severity) for p in problems]
     for p in labels: names.file([p])
     from medssl_nb import __version__
     keep = dict(modality=cfg.modality, resample_to_reference=cfg.resample_to_reference, verify=cfg.verify, label_columns=list(cfg.label_columns), text_columns=list(cfg.text_columns), columns=dict(cfg.columns))
     counts = dict(cases=len(rows), subjects=len({r['subject'] for r in rows}), files=len({(f, p) for f in names.rows for p in names.rows[f]['paths']}), problems=dict(Counter(p.kind for p in problems)))
     write_manifest(cfg.out, rows, listed, dict(version=__version__, layout=layout, counts=counts, options=keep), list(names.rows.values()))
-    print(summary(rows, problems, root))
+    print(summary(rows, problems, names))
     if not rows: raise UserError(f'no case came out of {len(items)} images', 'at least one', 'the problems above say why')
     return dict(out=str(cfg.out), layout=layout, **counts)
 
@@ -762,11 +780,11 @@ def twins(rows, names):
                 row = names.rows[f['file']]; out.append(Problem([Path(row['root'])/p for p in row['paths']], 'twin', 'the same voxels as an image of another person' + (f' (item {f["item"]})' if f['item'] is not None else ''), 'warning'))
     return out
 
-# %% ../../nbs/16_data.ingest.ipynb #85d5014b
+# %% ../../nbs/16_data.ingest.ipynb #be89110a
 def summary(
-    rows:list, problems:list, root,
+    rows:list, problems:list, names,
     examples:int=3,   # of each kind of problem
-)->str:               # for the terminal only: it shows real paths
+)->str:
     "Cases by what they hold, problems by kind."
     out = [f'{len(rows)} cases of {len({r["subject"] for r in rows})} subjects']
     kinds = Counter((f"{r['dims']}-D" if r['dims'] > 1 else 'text', ' '.join(r['images'])) for r in rows)
@@ -778,7 +796,8 @@ def summary(
     for (sev,kind),ps in sorted(by.items()):
         out.append(f'  {len(ps):>6}  {sev:<7}  {kind}')
         for p in ps[:examples]:
-            at = os.path.relpath(p.paths[0], root) + (f' and {len(p.paths)-1} more' if len(p.paths) > 1 else '')
-            out.append(f'            {at}: {p.reason}')
+            out.append(f'            {names.shown(p.paths)}: {p.reason}')
         if len(ps) > examples: out.append(f'            … and {len(ps)-examples} more')
+    if by: out.append('which file is meant: medssl where MANIFEST f-...')
+    out.append('not looked for: text burned into pixels, faces' + (', names in the text of reports' if any(r['dims'] == 1 for r in rows) else ''))
     return '\n'.join(out)

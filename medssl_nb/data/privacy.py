@@ -83,7 +83,7 @@ def _sequence(tag):
     from pydicom.datadict import dictionary_VR
     return dictionary_VR(tag) == 'SQ'
 
-# %% ../../nbs/09_data.privacy.ipynb #26d60ad9
+# %% ../../nbs/09_data.privacy.ipynb #3620ec49
 _SHAPES = {'a date': r'(?<!\d)(?:(?:19|20)\d\d([-./]?)(?:0\d|1[0-2])\1(?:[0-2]\d|3[01])|[0-3]?\d[-./][01]?\d[-./](?:19|20)\d\d)(?!\d)', 'an e-mail address': r'\S@\S+\.\w', 'a name in DICOM form': r'\w\^\w',
     'a unique identifier': r'(?:\d+\.){4,}\d', 'a long number': r'\d{6,}', 'a title and a name': r'(?i)\b(?:dr|prof|mrs?|ms|herr|frau|mme|sr|sra)\b\.?\s+\w'}
 
@@ -101,8 +101,8 @@ def identifying(
     for what,rx in _SHAPES.items():
         if re.search(rx, t): return what
     if len(t) > limit: return 'a text'
-    words = f' {plain(t)} '
-    return 'the identifier of the person' if any(len(k) >= 4 and not k.isdigit() and f' {k} ' in words for k in map(plain, known)) else ''
+    words = set(plain(t).split())
+    return 'the identifier of the person' if any(len(k) >= 4 and not k.replace(' ', '').isdigit() and set(k.split()) <= words for k in map(plain, known)) else ''
 
 # %% ../../nbs/09_data.privacy.ipynb #2dc0a3ed
 def too_many(
