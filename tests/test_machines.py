@@ -1,0 +1,93 @@
+"""Mistakes that only a GPU would show, without a GPU (`far.py`), and the paths of precision that this machine has."""
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def said():
+    "Every task on the device that exists in name only."
+    from far import TASKS
+
+    out = subprocess.run([sys.executable, str(HERE / "far.py"), *TASKS], capture_output=True, text=True, timeout=600, env=ENV)
+    assert out.returncode == 0, out.stderr[-3000:]
+    return json.loads(out.stdout.strip().splitlines()[-1])
+
+
+def names():
+    from far import TASKS
+
+    return TASKS
+
+
+@pytest.mark.parametrize("task", names())
+def test_every_tensor_is_where_it_belongs(said, task):
+    assert "error" not in said[task], said[task]["error"]
+    assert all(math.isfinite(r["loss"]) for r in said[task]["rows"]) and said[task]["ops"] > 300
+
+
+@pytest.mark.parametrize("task", names())
+def test_no_float64_on_a_device_that_may_not_have_it(said, task):
+    assert said[task]["doubles"] == {}
+
+
+@pytest.mark.parametrize("task", names())
+def test_apple_gpus_have_every_operation(said, task):
+    assert said[task]["mps_missing"] == []
+
+
+def test_the_table_of_apple_kernels_can_say_no():
+    from far import no_mps_kernel
+
+    assert no_mps_kernel(["aten.geqrf.default", "aten.add.Tensor", "aten.grid_sampler_3d.default"]) == ["geqrf"]
+
+
+LIMITS = dict(mae=(3, 1), pcrlv2=(3, 8), segment=(5, 2), regions=(3, 2), linear=(5, 2), classify=(4, 1))  # waits, downloads
+
+
+@pytest.mark.parametrize("task", names())
+def test_waits_for_the_device_do_not_creep_in(said, task):
+    "`.item()`, `.tolist()`, `nonzero` and boolean indices; then `.cpu()`. A new one needs a reason, and a larger number here."
+    waits, down = (sum(said[task][k].values()) for k in ("syncs", "down"))
+    assert waits <= LIMITS[task.split()[0]][0] and down <= LIMITS[task.split()[0]][1], (said[task]["syncs"], said[task]["down"])
+
+
+@pytest.mark.parametrize("task", ["mae small3d", "mae small2d"])
+def test_the_same_numbers_as_on_the_cpu(said, task):
+    "Where no noise field is drawn on the device, the device's losses are the CPU's."
+    from far import plain
+
+    want = plain(*task.split())
+    got = said[task]["rows"]
+    assert [r["loss"] for r in got] == pytest.approx([r["loss"] for r in want], rel=1e-5)
+
+
+DAMAGE = {
+    "a constant on the CPU": ("losses", "lambda self, out, v: {k: t + torch.ones(3).sum().view(1).expand(2).mean(0, keepdim=True)[0]*0 + (v['target']*torch.ones(1)).sum()*0 for k,t in was(self, out, v).items()}", "on the CPU meets"),
+    "numbers of a CPU generator": ("views", "lambda self, b, g: {**was(self, b, g), 'x': torch.rand(3, generator=torch.Generator(), device=b['image'].device)}", "a generator of the CPU"),
+    "a CPU tensor indexed from the device": ("views", "lambda self, b, g: {**was(self, b, g), 'x': torch.arange(5)[b['target']]}", "indexed by one on the device"),
+    "numpy of a device tensor": ("views", "lambda self, b, g: {**was(self, b, g), 'x': torch.as_tensor(b['spacing'].numpy())}", "numpy()"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_it_sees_each_kind_of_mistake(what):
+    method, code, message = DAMAGE[what]
+    out = subprocess.run([sys.executable, str(HERE / "far.py"), "--damage", method, code, "mae small2d"], capture_output=True, text=True, timeout=120, env=ENV)
+    said = json.loads(out.stdout.strip().splitlines()[-1])["mae small2d"]
+    assert message in said.get("error", "no error"), said.get("error")
+
+
+def test_it_counts_a_wait():
+    code = "lambda self, b, g: {**was(self, b, g), 'x': b['image'][b['image'] > .5].sum().item() + len(b['target'].nonzero())}"
+    out = subprocess.run([sys.executable, str(HERE / "far.py"), "--damage", "views", code, "mae small2d"], capture_output=True, text=True, timeout=120, env=ENV)
+    assert sum(json.loads(out.stdout.strip().splitlines()[-1])["mae small2d"]["syncs"].values()) == LIMITS["mae"][0] + 3
