@@ -8,7 +8,7 @@ __all__ = ['FORMAT', 'PrepareConfig', 'foreground', 'normalise', 'denormalise', 
            'fingerprint', 'about', 'prepare_one', 'run_jobs', 'out_voxels', 'estimate', 'human', 'clock', 'mark_test',
            'prepare', 'only_one', 'report']
 
-# %% ../../nbs/17_data.prepare.ipynb #5ab731e2
+# %% ../../nbs/17_data.prepare.ipynb #01b0d937
 import errno
 import fcntl
 import hashlib
@@ -18,7 +18,6 @@ import os
 import shutil
 import sys
 import time
-import traceback
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -33,6 +32,7 @@ from ..config import to_dict
 from ..core import UserError, choose, read_json, write_json, write_jsonl
 from .cases import MODALITIES, Manifest, channel_order, pack, split_by_subject, text_table, write_case, write_index
 from .ingest import read_text
+from .privacy import quiet_readers, safe_traceback
 from .volume import Grid, ReadError, Volume, orient, orient_grid, read_volume, reorient, resample, sha256_files, spaced_grid
 
 # %% ../../nbs/17_data.prepare.ipynb #ff2a6311
@@ -291,7 +291,8 @@ def about(
     "Who, where from, which class."
     return dict(subject=row['subject'], session=row.get('session'), group=row.get('group'), split=row.get('split'), labels={k: v for k,v in (row.get('labels') or {}).items() if not isinstance(v, dict)})
 
-# %% ../../nbs/17_data.prepare.ipynb #5e7b3742
+# %% ../../nbs/17_data.prepare.ipynb #f77db67e
+@quiet_readers()
 def prepare_one(
     row:dict, paths:dict, cfg:PrepareConfig,
     out,           # prepared folder
@@ -316,7 +317,7 @@ def prepare_one(
         if e.errno in (errno.ENOSPC, errno.EDQUOT): return dict(case=row['case'], full=True)
         return bad('unreadable', f'the file cannot be read ({errno.errorcode.get(e.errno, type(e).__name__)})')
     except Exception as e:
-        print(traceback.format_exc(), file=sys.stderr)   # ours to mend, so the whole story, but only on the screen
+        print(safe_traceback(e), file=sys.stderr)   # ours to mend: where in the code, without what the message quotes
         return bad('unexpected', f'{type(e).__name__} while preparing')
 
 def _quiet():
@@ -430,7 +431,7 @@ def prepare(
     print(report(summary, problems))
     return summary
 
-# %% ../../nbs/17_data.prepare.ipynb #c6ac1c7b
+# %% ../../nbs/17_data.prepare.ipynb #a883bcdf
 def _committed(out, case, fp):
     "The index row of a case that is up to date, else None."
     p,v = out/'volumes'/f'{case}.json',out/'volumes'
@@ -483,7 +484,7 @@ def _reports(out, texts, files):
 
 def report(summary, problems):
     "What happened, in a few lines."
-    s = summary; lines = [f'{s["cases"]} case(s) ready ({s["prepared"]} prepared, {s["kept"]} were up to date)' + (f', {s["reports"]} report(s)' if s['reports'] else '')]
+    s = summary; lines = [f'{s["cases"]} case(s) ready ({s["prepared"]} prepared, {s["kept"]} were up to date)' + (f', {s["reports"]} report(s), whose text is kept word for word and may hold names' if s['reports'] else '')]
     if s['left_out']: lines.append(f'{s["left_out"]} case(s) left out: none of the modalities asked for')
     if s['other_labels']: lines.append('label files not used: ' + ', '.join(f'{n} ({k})' for n,k in sorted(s['other_labels'].items())))
     if problems:
