@@ -159,14 +159,14 @@ def random_resized_box(
     start = valid[:,None,0] + torch.where(ok.any(-1, keepdim=True), (u * (room + 1)).long(), room // 2)
     return torch.stack([start, start + size], 2)
 
-# %% ../../nbs/13_data.crops.ipynb #01468af4
+# %% ../../nbs/13_data.crops.ipynb #ae91aa91
 def sample_boxes(
     x:Tensor,               # (B, C, *S), image or label
     boxes:Tensor,           # (B, K, 2, dims), may stick out of the volume
     size:tuple,             # of the result, voxels
     affine:dict=None,       # from `draw_affine(B*K, …)`, case-major: crops of case 0 first
     mode:str='linear',      # or 'nearest', for labels
-    fill:float=0.,          # value outside the volume
+    fill=0.,                # value outside the volume: a number, or `(B, C)`
     antialias:bool=True,    # average over the footprint of an output voxel where a crop shrinks
     spacing=None,           # (B, dims) mm: then a turn is a turn of the patient
 )->Tensor:                  # (B, K, C, *size)
