@@ -31,11 +31,12 @@ def cores(limit:int=8)->int:
     n = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return max(1, min(limit, n))
 
-# %% ../nbs/04_guard.ipynb #63163efe
+# %% ../nbs/04_guard.ipynb #4880167c
 def _serve(f, xs, pipe, parent):
     "A worker: gets numbers, sends results."
     die_with_parent(parent); signal.signal(signal.SIGINT, signal.SIG_IGN)
     with open(os.devnull, 'w') as null: os.dup2(null.fileno(), 2)
+    pipe.send(None)                                                            # alive
     while (k := pipe.recv()) is not None:
         try: pipe.send((True, f(xs[k])))
         except BaseException as e: pipe.send((False, f'{type(e).__name__}: {e}\n{traceback.format_exc()}'))
@@ -44,7 +45,7 @@ class _Worker:
     "One process, and the job it holds."
     def __init__(self, f, xs):
         ctx = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
-        self.pipe,theirs = ctx.Pipe(); self.job,self.since = None,0.
+        self.pipe,theirs = ctx.Pipe(); self.job,self.since,self.alive = None,0.,False
         self.process = ctx.Process(target=_serve, args=(f, xs, theirs, os.getpid()), daemon=True); self.process.start(); theirs.close()
     def give(self, k): self.job,self.since = k,time.monotonic(); self.pipe.send(k)
     def stop(self):
@@ -53,7 +54,7 @@ class _Worker:
         if self.process.is_alive(): self.process.kill()
         self.process.join(10)
 
-# %% ../nbs/04_guard.ipynb #7062f77a
+# %% ../nbs/04_guard.ipynb #fe584907
 def guarded(
     f:Callable,            # one job -> a result that can be pickled
     xs:list,               # the jobs
@@ -89,14 +90,16 @@ def _run(f, xs, jobs, n, timeout, tick, out, again):
             first = min(w.since for w in busy.values()) + timeout - time.monotonic()
             for pipe in wait(list(busy), max(0, first)):
                 w = busy[pipe]; k = w.job
-                try: ok,got = pipe.recv()
+                try: got = pipe.recv()
                 except (EOFError, OSError):                                    # the process is gone
+                    if not w.alive: raise RuntimeError("worker processes cannot start here: put the call below `if __name__ == '__main__':`, or use workers=0")
                     w.process.join(10); renew(w)
                     if again is not None: again.append(k)
                     else: out[k] = Lost('crashed', f'the program that reads it was ended by the system ({_cause(w.process.exitcode)}), twice'); tick()
                     continue
-                if not ok: raise RuntimeError(f'in a worker process: {got}')
-                out[k],w.job = got,None; tick()
+                if got is None: w.alive,w.since = True,time.monotonic(); continue
+                if not got[0]: raise RuntimeError(f'in a worker process: {got[1]}')
+                out[k],w.job = got[1],None; tick()
             late = [w for w in team if w.job is not None and time.monotonic() - w.since > timeout]
             for w in late: out[w.job] = Lost('hanging', f'it could not be read within {timeout:g} s'); tick(); renew(w)
     finally:

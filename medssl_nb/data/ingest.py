@@ -4,21 +4,25 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'MR_KINDS', 'CONTRAST', 'LABEL', 'NOISE', 'PAIRS', 'IMAGE_DIRS', 'LABEL_DIRS', 'VISIT', 'FIELDS',
-           'DICOM_MODALITY', 'NOT_IMAGES', 'TEXT_COLUMNS', 'SUBJECTS', 'CLASSES', 'ROLES', 'LAYOUTS', 'WANTED', 'words',
-           'modality_of', 'Item', 'Problem', 'walk', 'pair_files', 'cut_visit', 'is_label', 'label_name', 'stem',
-           'name_item', 'channel_names', 'match_labels', 'find_named', 'compile_pattern', 'find_pattern', 'find_bids',
-           'dicom_modality', 'dicom_key', 'split_series', 'find_dicom', 'progress', 'read_table', 'read_text',
-           'find_npz', 'find_text', 'pick_column', 'label_value', 'join_labels', 'find_table', 'IngestConfig',
-           'check_config', 'bids_roots', 'find_volumes', 'find_items', 'find_label_dir', 'probe_item', 'by_grid',
-           'make_cases', 'join_grids', 'Names', 'hide_words', 'case_row', 'ingest', 'use_labels', 'twins', 'summary']
+           'DICOM_MODALITY', 'OTHER_MODALITY', 'NOT_IMAGES', 'LOCALISER', 'TEXT_COLUMNS', 'NO_MODALITY', 'SUBJECTS',
+           'CLASSES', 'ROLES', 'LAYOUTS', 'WANTED', 'IGNORED', 'SIDECARS', 'UNKNOWN', 'SERIES', 'words', 'modality_of',
+           'Item', 'Problem', 'walk', 'pair_files', 'cut_visit', 'is_label', 'label_name', 'stem', 'name_item',
+           'channel_names', 'match_labels', 'find_named', 'compile_pattern', 'find_pattern', 'find_bids',
+           'dicom_modality', 'dicom_key', 'split_series', 'dicom_facts', 'series_of', 'find_dicom', 'spread',
+           'read_table', 'read_text', 'find_npz', 'find_text', 'pick_column', 'label_value', 'join_labels',
+           'find_table', 'IngestConfig', 'check_config', 'bids_roots', 'find_volumes', 'why_ignored', 'not_ours',
+           'find_items', 'find_label_dir', 'probe_item', 'probe_text', 'pick_frames', 'probe_series', 'by_grid',
+           'make_cases', 'join_grids', 'Names', 'hide_words', 'case_row', 'ingest', 'use_labels', 'say_whose', 'twins',
+           'summary']
 
-# %% ../../nbs/16_data.ingest.ipynb #b800298a
+# %% ../../nbs/16_data.ingest.ipynb #7fc5d683
 import csv
+import hashlib
 import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +30,8 @@ import numpy as np
 from ..core import UserError, choose, nearest, pseudonym, read_json, site_key
 from .cases import MODALITIES, channel_order, write_manifest
 from .privacy import identifying, quiet_readers, safe_words, show_paths
-from .volume import Grid, ReadError, dicom_header, guess_format, npz_rows, probe
+from .volume import Grid, ReadError, dicom_head, dicom_header, guess_format, npz_rows, probe
+from ..guard import Lost, guarded
 
 # %% ../../nbs/16_data.ingest.ipynb #7370ad4d
 TOKENS = {m: n for n,ms in dict(
@@ -68,7 +73,7 @@ def modality_of(
     if found & MR_KINDS: found.discard('mr')
     return found.pop() if len(found) == 1 else None
 
-# %% ../../nbs/16_data.ingest.ipynb #cff1fd1d
+# %% ../../nbs/16_data.ingest.ipynb #e24249d4
 @dataclass
 class Item:
     "One image, label or text on its way into the manifest, still with real names."
@@ -86,6 +91,9 @@ class Item:
     values:dict=field(default_factory=dict)  # class labels
     space:str|None=None   # same word: same position of the patient (DICOM's frame of reference)
     columns:list|None=None  # of a table of texts
+    series:str=''         # DICOM series, so that contours can say whose they are
+    claim:str=''          # what a DICOM header calls it, where that is no modality of ours
+    heads:list|None=None  # of DICOM files, read once
 
 @dataclass
 class Problem:
@@ -94,6 +102,7 @@ class Problem:
     kind:str              # one word
     reason:str            # a sentence that quotes no name and no value of the file
     severity:str='error'  # 'warning' where nothing is lost
+    of:tuple=()           # DICOM series it belongs to
 
 # %% ../../nbs/16_data.ingest.ipynb #ddf0acf1
 PAIRS = {'.hdr': ('.img',), '.par': ('.rec',), '.mhd': ('.raw', '.zraw'), '.nhdr': ('.raw',)}
@@ -271,19 +280,22 @@ def find_bids(
     lost = [i for i in items if i.role == 'label' and (i.case, i.session) not in have]
     return [i for i in items if i not in lost],problems + [Problem(i.paths, 'orphan-label', 'no image of this subject and session') for i in lost]
 
-# %% ../../nbs/16_data.ingest.ipynb #4ffdd621
+# %% ../../nbs/16_data.ingest.ipynb #53519e9a
 DICOM_MODALITY = dict(CT='ct', PT='pet', CR='xr', DX='xr', DR='xr', RG='xr', MG='xr')
+OTHER_MODALITY = dict(US='ultrasound', NM='nuclear medicine', XA='angiography', RF='fluoroscopy', OT='"other", often a screenshot', SC='a screenshot', ES='endoscopy', XC='a photograph', OP='a photograph of the eye', OPT='tomography of the eye', SM='slide microscopy', IVUS='ultrasound in a vessel')
 NOT_IMAGES = dict(RTSTRUCT='a structure set (contours)', RTPLAN='a treatment plan', RTDOSE='a dose', SR='a report', PR='a presentation state', KO='a key object selection', SEG='a segmentation object', REG='a registration', DOC='a document')
+LOCALISER = {'localizer', 'localiser', 'scout', 'topogram', 'survey', 'pilot', 'scanogram'}
 def dicom_modality(ds, folder, extra={}):
     "Canonical modality of a series, or None."
     tag = str(ds.get('Modality') or ''); text = f"{ds.get('SeriesDescription') or ''} {ds.get('ProtocolName') or ''}"
-    if extra and (m := modality_of(text, {k: v for k,v in extra.items() if str(k).lower() in (text.lower().strip(), *words(text), tag.lower())})): return m
-    if tag != 'MR': return DICOM_MODALITY.get(tag)
+    if extra and (m := modality_of(text, {k: v for k,v in extra.items() if str(k).lower() in (text.lower().strip(), *words(text))})): return m
+    mapped = {str(k).lower(): v for k,v in extra.items()}.get(tag.lower())
+    if tag != 'MR': return mapped or DICOM_MODALITY.get(tag)
     for t in (text, folder):
         m = modality_of(t, extra)
         if m == 't1' and t is text and ds.get('ContrastBolusAgent'): m = 't1c'
         if m in MR_KINDS: return m
-    return 'mr'
+    return mapped or 'mr'
 
 def dicom_key(ds, path):
     "What slices must share to be one volume; an image without a position stands alone."
@@ -291,7 +303,7 @@ def dicom_key(ds, path):
     return str(ds.get('StudyInstanceUID') or ''), str(ds.get('SeriesInstanceUID') or ''), int(ds.Rows), int(ds.Columns), '' if placed else str(path)
 
 def split_series(
-    found:list,   # `(path, (SOP instance, position), orientation, what is known)` of one series
+    found:list,   # `(path, (SOP instance, position), orientation, what is known, Head)` of one series
 )->tuple:         # lists of them, one a volume; problems
     "By direction of the slices, by folder where the series was copied, each image once."
     turns = []
@@ -312,46 +324,60 @@ def split_series(
             out.append(list(once.values()))
     return out,problems
 
-# %% ../../nbs/16_data.ingest.ipynb #ba0a0f69
+# %% ../../nbs/16_data.ingest.ipynb #5a4a5ece
+def dicom_facts(
+    path, extra:dict={},
+):            # a `Problem`, or `(key, path, (SOP instance, position), orientation, what is known, Head)`
+    "What one file says; its header is read here and nowhere else."
+    try:
+        ds = dicom_header(path); tag = str(ds.get('Modality') or '')
+        if 'DirectoryRecordSequence' in ds: return Problem([path], 'not-image', 'a DICOM directory', 'warning')
+        if not tag and not ds.get('SOPClassUID'): return Problem([path], 'unreadable', 'the DICOM header says neither what the object is nor its modality; it may be cut off')
+        if tag in NOT_IMAGES or not ds.get('Rows') or not ds.get('Columns'):
+            return Problem([path], 'not-image', f'a DICOM object without an image: {NOT_IMAGES.get(tag, "of another kind")}', 'warning', of=series_of(ds) if tag in NOT_IMAGES else ())
+        kind = [str(t) for t in (ds.get('ImageType') or [])]
+        if LOCALISER & set(words(f"{ds.get('SeriesDescription') or ''} {ds.get('ProtocolName') or ''} {' '.join(kind)}")): return Problem([path], 'localiser', 'a localiser', 'warning')
+        if tag in ('MR', 'CT', 'PT') and {'PROJECTION IMAGE', 'MIP', 'MINIP'} & set(kind): return Problem([path], 'projection', 'a picture computed from a volume (a projection), not a slice of it', 'warning')
+        place = lambda t: tuple(float(x) for x in ds[t].value) if ds.get(t) is not None else None
+        uid = str(ds.get('SOPInstanceUID') or path),place('ImagePositionPatient'); m = dicom_modality(ds, Path(path).parent.name, extra)
+        known = dict(modality=m, subject=str(ds.get('PatientID') or '').strip(), session=str(ds.get('StudyInstanceUID') or ''), space=str(ds.get('FrameOfReferenceUID') or '') or None,
+            burned=str(ds.get('BurnedInAnnotation') or '').upper() == 'YES', series=str(ds.get('SeriesInstanceUID') or ''), claim='' if m else OTHER_MODALITY.get(tag, 'something that is not known here') if tag else '')
+        return dicom_key(ds, path),path,uid,place('ImageOrientationPatient'),known,dicom_head(ds)
+    except ReadError as e: return Problem([path], e.kind, e.reason)
+    except Exception as e: return Problem([path], 'unreadable', f'the DICOM header cannot be read ({type(e).__name__})')
+
+def series_of(ds):
+    "The series that contours, a segmentation or a presentation state are about."
+    own = str(ds.get('SeriesInstanceUID') or '')
+    return tuple(sorted({str(e.value) for e in ds.iterall() if e.keyword == 'SeriesInstanceUID'} - {own}))
+
 def find_dicom(
     files:list, root, cfg,
 )->tuple:      # items, problems
     "DICOM files, grouped by what their headers say."
-    groups,problems,burned = {},[],set()
-    for p in progress(files, 'reading DICOM headers', cfg):
-        try:
-            ds = dicom_header(p); tag = str(ds.get('Modality') or '')
-            if 'DirectoryRecordSequence' in ds: problems.append(Problem([p], 'not-image', 'a DICOM directory', 'warning')); continue
-            if not tag and not ds.get('SOPClassUID'): problems.append(Problem([p], 'unreadable', 'the DICOM header says neither what the object is nor its modality; it may be cut off')); continue
-            if tag in NOT_IMAGES or not ds.get('Rows') or not ds.get('Columns'):
-                problems.append(Problem([p], 'not-image', f'a DICOM object without an image: {NOT_IMAGES.get(tag, "of another kind")}', 'warning')); continue
-            about = f"{ds.get('SeriesDescription') or ''} {ds.get('ProtocolName') or ''} {' '.join(ds.get('ImageType') or [])}"
-            if {'localizer', 'localiser', 'scout', 'topogram', 'survey'} & set(words(about)): problems.append(Problem([p], 'localiser', 'a localiser', 'warning')); continue
-            if str(ds.get('BurnedInAnnotation') or '').upper() == 'YES': burned.add(p)
-            place = lambda t: tuple(float(x) for x in ds[t].value) if ds.get(t) is not None else None
-            uid = str(ds.get('SOPInstanceUID') or p),place('ImagePositionPatient')
-            known = dict(modality=dicom_modality(ds, Path(p).parent.name, cfg.modality_map), subject=str(ds.get('PatientID') or '').strip(), session=str(ds.get('StudyInstanceUID') or ''), space=str(ds.get('FrameOfReferenceUID') or '') or None)
-            groups.setdefault(dicom_key(ds, p), []).append((p, uid, place('ImageOrientationPatient'), known))
-        except ReadError as e: problems.append(Problem([p], e.kind, e.reason))
-        except Exception as e: problems.append(Problem([p], 'unreadable', f'the DICOM header cannot be read ({type(e).__name__})'))
+    groups,problems = {},[]
+    for p,x in zip(files, spread(partial(dicom_facts, extra=cfg.modality_map), files, 'reading DICOM headers', cfg if len(files) > 64 else replace(cfg, workers=0, progress=False))):
+        if isinstance(x, Lost): x = Problem([p], x.kind, x.reason)
+        if isinstance(x, Problem): problems.append(x)
+        else: groups.setdefault(x[0], []).append(x[1:])
     items = []
     for key,found in sorted(groups.items(), key=lambda kv: str(kv[1][0][0])):
         parts,more = split_series(found); problems += more
         for part in parts:
             known = part[0][3]; files = [f[0] for f in part]
-            if burned & set(files): problems.append(Problem(files, 'burned-in', 'the header says that text is burned into the pixels; it may hold names, and it is not removed', 'warning'))
+            if any(f[3].pop('burned') for f in part): problems.append(Problem(files, 'burned-in', 'the header says that text is burned into the pixels; it may hold names, and it is not removed', 'warning'))
             if not known['subject']: problems.append(Problem(files, 'no-subject', 'no PatientID; the study counts as a person of its own', 'warning'))
             subject = known['subject'] or f"study {known['session']}" if known['session'] or known['subject'] else str(files[0])
             case = f"{subject}|{known['session']}|{key[4]}"
-            items.append(Item(files, 'dicom', **(known | dict(subject=subject)), case=case))
+            items.append(Item(files, 'dicom', **(known | dict(subject=subject)), case=case, heads=[f[4] for f in part]))
     return items,problems
 
-def progress(xs, what, cfg):
-    "A bar, where one is wanted."
+def spread(f, xs, what, cfg):
+    "`guarded`, with a bar where one is wanted."
     from tqdm import tqdm
-    return tqdm(xs, desc=what, disable=not cfg.progress, leave=False)
+    with tqdm(total=len(xs), desc=what, disable=not cfg.progress, leave=False) as bar: return guarded(f, xs, cfg.workers, cfg.timeout, bar.update)
 
-# %% ../../nbs/16_data.ingest.ipynb #be5c3fcf
+# %% ../../nbs/16_data.ingest.ipynb #f50fd168
 TEXT_COLUMNS = ('text', 'report', 'findings', 'impression')
 
 def read_table(
@@ -379,9 +405,12 @@ def read_text(
     row = _table(str(path), os.stat(path).st_mtime_ns)[item]
     return '\n\n'.join(row[c] for c in columns or [c for c in TEXT_COLUMNS if c in row] if row.get(c))
 
+NO_MODALITY = 'the name does not say which modality it is, or says several; give --modality or --modality-map'
+
 def find_npz(path, cfg, **known):
     "One item a row of a MedMNIST archive."
-    out = []
+    out = []; known['modality'] = known.get('modality') or modality_of(stem(path), cfg.modality_map) or cfg.modality or None
+    if not known['modality']: return [],[Problem([path], 'modality', NO_MODALITY)]
     for k,(split,label) in enumerate(npz_rows(path)):
         name = f'{path}#{k}'; v = label[0] if label and len(label) == 1 else label
         out.append(Item([path], 'npz', k, modality=known.get('modality'), subject=name, case=name, split=split, group=known.get('group', ''), values={} if v is None else {'class': v}))
@@ -487,7 +516,7 @@ def find_table(
     paired = {q for i in items for q in i.paths[1:] if i.format != 'dicom'}              # a data file that has its own row and belongs to a header
     return [i for i in items if i.paths[0] not in paired],problems,root
 
-# %% ../../nbs/16_data.ingest.ipynb #d7fb6c1b
+# %% ../../nbs/16_data.ingest.ipynb #7f4809eb
 LAYOUTS = ('auto', 'nifti', 'bids', 'dicom', 'images', 'npz', 'text', 'table')
 
 @dataclass
@@ -507,15 +536,19 @@ class IngestConfig:
     resample_to_reference:bool=False  # mark volumes of one session on other grids for resampling, instead of keeping them apart
     group:str=''                 # a word for the whole set, e.g. the name of the study
     key:Path|None=None           # site key for pseudonyms; without it one is made in out/private
-    frame:int|None=None          # of files that hold several volumes (time, b-value); without it they are problems
+    series:str='first'           # of files that hold several volumes (time, b-value): first (diffusion: the b-value nearest 1000), each (a case each), refuse
+    frame:int|None=None          # … or this one of them
     text_columns:tuple[str,...]=()   # columns of a table of reports
     verify:bool=True             # decode every volume once, so that broken files are found now
+    workers:int=-1               # processes that read; -1 one a core (at most 8), 0 none: a broken codec then ends everything
+    timeout:float=600.           # seconds one volume may take to read before it is given up
     hide_labels:bool=False       # pseudonyms for all names of classes, where they could tell who
     progress:bool=True           # show a bar
 
 def check_config(cfg):
     "Everything that can be wrong before a file is opened."
-    choose(cfg.layout, LAYOUTS, 'layout')
+    choose(cfg.layout, LAYOUTS, 'layout'); choose(cfg.series, ('first', 'each', 'refuse'), 'series')
+    if cfg.timeout <= 0: raise UserError(f'timeout is {cfg.timeout}', 'seconds above 0')
     if cfg.modality: choose(cfg.modality, MODALITIES, 'modality')
     for v in cfg.modality_map.values(): choose(v, MODALITIES, 'modality')
     if cfg.layout == 'table' and not cfg.table: raise UserError('layout table without a table', '--table file.csv')
@@ -545,7 +578,22 @@ def find_volumes(groups, files, root, layout, cfg):
     if left: new,more = (find_pattern if cfg.pattern else find_named)(left, root, cfg); items += new; problems += more
     return items,problems,'bids' if roots == [root] else layout
 
-# %% ../../nbs/16_data.ingest.ipynb #a6b4488b
+# %% ../../nbs/16_data.ingest.ipynb #6c8851bc
+IGNORED = {'text': 'text beside images; give it by itself with --layout text', 'csv': 'a table beside images; give it with --labels, --table or --layout text', None: 'not an image'}
+SIDECARS = ('.bval', '.bvec', '.json')
+UNKNOWN = {('.svs', '.ndpi', '.mrxs', '.scn', '.vsi', '.czi'): 'a whole-slide image; cut it into tiles first', ('.zip', '.tar', '.tgz', '.7z', '.rar', '.bz2', '.xz'): 'an archive; unpack it first',
+    ('.mat', '.npy', '.h5', '.hdf5', '.pt', '.pkl'): 'an array without a grid; save it as NIfTI first'}
+
+def why_ignored(p):
+    "Why a file was left out."
+    if Path(p).name.lower().endswith(SIDECARS): return 'it describes an image; of its contents only b-values are used'
+    return IGNORED.get(guess_format(p), 'not a format of this layout')
+
+def not_ours(p):
+    "A problem where a file holds images that cannot be read here."
+    return next((Problem([p], 'format', why) for ends,why in UNKNOWN.items() if Path(p).name.lower().endswith(ends)), None)
+
+# %% ../../nbs/16_data.ingest.ipynb #cf9e8aae
 def find_items(
     cfg,         # `IngestConfig`
 )->tuple:        # items, problems, the layout that was used
@@ -575,8 +623,7 @@ def find_items(
             new,more = find(p, cfg); items += new; problems += more
     if cfg.label_dir: new,more = find_label_dir(cfg, items); items += new; problems += more
     used = {p for x in (*items, *problems) for p in x.paths}
-    why = lambda p: {'text': 'text beside images; give it by itself with --layout text', 'csv': 'a table beside images; give it with --labels, --table or --layout text', None: 'not an image'}.get(guess_format(p), 'not a format of this layout')
-    problems += [Problem([p], 'ignored', why(p), 'warning') for p in files if p not in used]
+    problems += [Problem([p], 'ignored', why_ignored(p), 'warning') if not (o := not_ours(p)) else o for p in files if p not in used]
     return items,problems,layout
 
 # %% ../../nbs/16_data.ingest.ipynb #b0578880
@@ -594,29 +641,68 @@ def find_label_dir(cfg, items):
         else: problems.append(Problem(i.paths, 'orphan-label', 'no image goes with this label by its name' if not hit else f'{len(hit)} cases could own this label'))
     return out,problems
 
-# %% ../../nbs/16_data.ingest.ipynb #c4398858
+# %% ../../nbs/16_data.ingest.ipynb #dbfeb547
 def probe_item(
     i:Item, cfg,
-)->tuple:       # the FILE entry (without its pseudonym) or None, problems
+)->tuple:       # `(item, FILE entry without its pseudonym)` for each volume that came out, problems
     "Open one item."
-    if i.role == 'image' and not i.modality: return None,[Problem(i.paths, 'modality', 'the name does not say which modality it is, or says several; give --modality or --modality-map')]
-    if i.format in ('text', 'csv'):
-        try: t = read_text(i.paths[0], i.item, i.columns)
-        except Exception as e: return None,[Problem(i.paths, 'unreadable', f'the text cannot be read ({type(e).__name__})')]
-        if not t: return None,[Problem(i.paths, 'empty', 'the report has no text')]
-        import hashlib
-        return dict(format=i.format, item=i.item, shape=[len(t)], spacing=[], affine=[], orientation='', channels=1, dtype='utf-8', sha256=hashlib.sha256(t.encode()).hexdigest(), dims=1) | ({'columns': i.columns} if i.columns else {}),[]
+    bad = lambda kind,reason,severity='error': Problem(i.paths, kind, reason, severity)
+    if i.role == 'image' and not i.modality: return [],[bad('modality', f'the header calls it {i.claim}; if it is one of our modalities, say so with --modality-map' if i.claim else NO_MODALITY)]
+    if i.format in ('text', 'csv'): return probe_text(i)
     channels = (1 if i.role == 'label' else {'xr': 1, 'he': 3}.get(i.modality)) if i.format in ('image', 'npz', 'dicom') else None
-    try: f = probe(i.paths, i.format, i.item, channels, cfg.verify)
+    try: f = probe(i.paths, i.format, i.item, channels, cfg.verify, i.heads)
     except ReadError as e:
-        if e.kind == '4d' and cfg.frame is not None and i.item is None: return probe_item(replace(i, item=cfg.frame), cfg)
-        return None,[Problem(i.paths, e.kind, e.reason.replace('item=0, 1, …', '--frame 0') if e.kind == '4d' else e.reason)]
-    except UserError as e: return None,[Problem(i.paths, 'format', 'the format is not known or not an image')]
+        if e.frames > 1 and i.item is None and (i.role == 'image' or cfg.frame is not None): return probe_series(i, e, cfg)
+        return [],[bad(e.kind, e.reason.replace('item=0, 1, …', '--frame 0'))]
+    except UserError: return [],[bad('format', 'the format is not known or not an image')]
     look = f.pop('look', {})
-    if i.role == 'image' and f['dims'] == 3 and look.get('few'): return None,[Problem(i.paths, 'mask-like', 'an image with fewer than nine different values: a mask, or empty; a mask needs seg, label or mask in its name, or a folder labels')]
-    if i.role == 'label' and look.get('whole') is False: return None,[Problem(i.paths, 'label-values', 'a label whose values are not whole numbers')]
-    return f,[Problem(i.paths, w.split(':')[0], w.partition(': ')[2], 'warning') for w in f.pop('warnings', [])]
+    if i.role == 'image' and f['dims'] == 3 and look.get('few'): return [],[bad('mask-like', 'an image with fewer than nine different values: a mask, or empty; a mask needs seg, label or mask in its name, or a folder labels')]
+    if i.role == 'label' and look.get('whole') is False: return [],[bad('label-values', 'a label whose values are not whole numbers')]
+    return [(i, f)],[bad(w.split(':')[0], w.partition(': ')[2], 'warning') for w in f.pop('warnings', [])]
 
+def probe_text(i):
+    "Open one report."
+    try: t = read_text(i.paths[0], i.item, i.columns)
+    except Exception as e: return [],[Problem(i.paths, 'unreadable', f'the text cannot be read ({type(e).__name__})')]
+    if not t: return [],[Problem(i.paths, 'empty', 'the report has no text')]
+    f = dict(format=i.format, item=i.item, shape=[len(t)], spacing=[], affine=[], orientation='', channels=1, dtype='utf-8', sha256=hashlib.sha256(t.encode()).hexdigest(), dims=1)
+    return [(i, f | ({'columns': i.columns} if i.columns else {}))],[]
+
+# %% ../../nbs/16_data.ingest.ipynb #f4d3d818
+SERIES = set('dwi mr ct pet mra pd t2s'.split())
+
+def pick_frames(
+    i:Item,
+    kind:str,   # of the error that said there are several: '4d', 'no-geometry' ...
+    n:int,      # volumes
+    b,          # their b-values in s/mm², or None
+    cfg,
+)->tuple:       # numbers of the volumes to take, why these
+    "Which volumes of a series become cases."
+    if cfg.frame is not None: return [cfg.frame],'as asked for'
+    if kind != '4d': return [],''
+    if cfg.series == 'refuse' or i.modality not in SERIES or i.format == 'image': return [],''
+    if cfg.series == 'each': return list(range(n)),''
+    if i.modality != 'dwi': return [0],'the first'
+    if not b or max(b) < 100: return [],''
+    k = min((k for k in range(n) if b[k] >= 100), key=lambda k: abs(b[k] - 1000))
+    return [k],f'the first with b = {b[k]:.0f}, nearest to 1000'
+
+def probe_series(
+    i:Item, e, cfg,    # `e` the `ReadError` that counted the volumes
+)->tuple:              # as `probe_item`
+    "Open a file of several volumes: those that are taken, and a row about those that are not."
+    take,why = pick_frames(i, e.kind, e.frames, e.b, cfg)
+    if not take:
+        silent = i.modality == 'dwi' and not e.b and cfg.series == 'first'
+        return [],[Problem(i.paths, e.kind, e.reason.replace('item=0, 1, …', '--frame 0 or --series each') + ('; its b-values are not known, so nothing says which are diffusion-weighted' if silent else ''))]
+    found,problems = [],[]
+    for k in take:
+        new,more = probe_item(replace(i, item=k, case=i.case if k == take[0] else f'{i.case}|volume {k}'), cfg); found += new; problems += more
+    if found and len(take) < e.frames: problems.append(Problem(i.paths, '4d', f'volume {take[0]} of {e.frames} is taken ({why}); the others are left; --series each takes all, --frame another', 'warning'))
+    return found,problems
+
+# %% ../../nbs/16_data.ingest.ipynb #f8aeeb49
 def by_grid(
     found:list,   # `(item, FILE)` of one session
 )->list:          # lists of them, each on one grid; the largest first
@@ -680,7 +766,7 @@ def join_grids(drafts, loose, problems):
         else: left.append((i, f))
     return [ref, *rest],left
 
-# %% ../../nbs/16_data.ingest.ipynb #aafcba70
+# %% ../../nbs/16_data.ingest.ipynb #d1c39c1e
 class Names:
     "Pseudonyms, and the private way back."
     def __init__(self, key:bytes, root): self.key,self.root,self.rows = key,Path(os.path.abspath(root)),{}
@@ -688,7 +774,8 @@ class Names:
         "Pseudonym of a file or a set of files."
         absolute = [Path(os.path.abspath(p)) for p in paths]
         root = self.root if all(p.is_relative_to(self.root) for p in absolute) else Path(os.path.commonpath([p.parent for p in absolute]))
-        rel = [p.relative_to(root).as_posix() for p in absolute]; f = pseudonym(self.key, '\n'.join(sorted(rel)), 'f')
+        rel = [p.relative_to(root).as_posix() for p in absolute]
+        f = pseudonym(self.key, '\n'.join(sorted(rel if root == self.root else map(str, absolute))), 'f')     # elsewhere the same relative name may be another file
         self.rows[f] = dict(file=f, root=str(root), paths=rel)
         return f
     def shown(self, paths):
@@ -719,7 +806,7 @@ def case_row(draft, n, names, group):
     return dict(case=names.of(f'{i0.case}|{i0.session}|{n}', 'c'), subject=names.of(i0.subject, 's'), session=names.of(f'{i0.subject}|{i0.session}', 'v') if i0.session else '',
         dims=next(iter(draft['images'].values()))[1]['dims'], images=images, labels=labels, group=i0.group or group, split={'validation': 'val', 'valid': 'val', 'training': 'train', 'testing': 'test'}.get(split, split))
 
-# %% ../../nbs/16_data.ingest.ipynb #452fc223
+# %% ../../nbs/16_data.ingest.ipynb #03a7ef6e
 @quiet_readers()
 def ingest(
     cfg,        # `IngestConfig`
@@ -730,13 +817,14 @@ def ingest(
     items,problems,layout = find_items(cfg)
     root = Path(cfg.src) if cfg.src and Path(cfg.src).is_dir() else Path(cfg.src or cfg.table).parent
     for i in items:
-        if i.role == 'image' and cfg.modality and i.modality in (None, 'mr'): i.modality = cfg.modality
+        if i.role == 'image' and cfg.modality and i.modality in (None, 'mr') and not i.claim: i.modality = cfg.modality
     labels,problems = use_labels(items, problems, root, layout, cfg)
     names = Names(site_key(cfg.key or Path(cfg.out)/'private'/'key'), root); problems += hide_words(items, names.key, cfg)
     groups = {}
-    for i in progress(items, 'opening files', cfg):
-        f,more = probe_item(i, cfg); problems += more
-        if f: groups.setdefault((i.case, i.session), []).append((i, f))
+    for i,got in zip(items, spread(partial(probe_item, cfg=cfg), items, 'opening files', cfg)):
+        found,more = ([], [Problem(i.paths, got.kind, got.reason)]) if isinstance(got, Lost) else got; problems += more
+        for j,f in found: groups.setdefault((j.case, j.session), []).append((j, f))
+    say_whose(items, problems, names)
     rows = []
     for _,found in sorted(groups.items()):
         if all(i.role == 'label' for i,_ in found): problems += [Problem(i.paths, 'orphan-label', 'its image could not be read, or is not there') for i,_ in found]; continue
@@ -755,7 +843,7 @@ def ingest(
     if not rows: raise UserError(f'no case came out of {len(items)} images', 'at least one', 'the problems above say why')
     return dict(out=str(cfg.out), layout=layout, **counts)
 
-# %% ../../nbs/16_data.ingest.ipynb #2ad82a03
+# %% ../../nbs/16_data.ingest.ipynb #e8c7c44a
 def use_labels(items, problems, root, layout, cfg):
     "The table of labels that was given, or each `labels.csv` for the images of its folder."
     if layout in ('dicom', 'npz', 'text', 'table') and not cfg.labels: return [],problems
@@ -768,6 +856,16 @@ def use_labels(items, problems, root, layout, cfg):
         except UserError:
             if cfg.labels or cfg.label_columns or cfg.columns: raise
     return used,[p for p in problems if not (p.kind == 'ignored' and p.paths[0] in used)] + more
+
+def say_whose(items, problems, names):
+    "Contours, doses and segmentation objects name the image they belong to, by its pseudonym."
+    series = {}
+    for i in items:
+        if i.series: series.setdefault(i.series, []).append(i.paths)
+    for p in problems:
+        if not p.of: continue
+        mine = sorted({names.file(paths) for s in p.of for paths in series.get(s, ())})
+        p.reason += f'; it belongs to {", ".join(mine)}' if mine else '; the series it belongs to is not here'
 
 def twins(rows, names):
     "The same voxels under two persons: a leak between splits, or a copy."

@@ -26,7 +26,7 @@ from urllib.parse import quote
 
 from ..core import UserError, pseudonym
 
-# %% ../../nbs/09_data.privacy.ipynb #783454e8
+# %% ../../nbs/09_data.privacy.ipynb #6ca766e4
 _ALLOWED = (   # treatment, PS3.15 basic profile, why, attributes
     ('number', '-', 'size of the image', 'Rows Columns NumberOfFrames'),
     ('number', '-', 'millimetres of a voxel', 'PixelSpacing ImagerPixelSpacing SliceThickness SpacingBetweenSlices PixelMeasuresSequence'),
@@ -44,6 +44,7 @@ _ALLOWED = (   # treatment, PS3.15 basic profile, why, attributes
     ('word', '-', 'whether the scanner says that text is burned into the pixels', 'BurnedInAnnotation'),
     ('word', '-', 'marks a directory file, which holds no image; filtered inside', 'DirectoryRecordSequence'),
     ('same', 'Z', 'which scans are of one person', 'PatientID'),
+    ('same', '-', 'to which series contours belong; filtered inside', 'ReferencedFrameOfReferenceSequence RTReferencedStudySequence RTReferencedSeriesSequence ReferencedSeriesSequence'),
     ('same', 'U', 'which images belong together, which is a copy, which share a position', 'StudyInstanceUID SeriesInstanceUID SOPInstanceUID FrameOfReferenceUID'),
 )
 DICOM_ALLOWED = {k: (treatment, profile, why) for treatment,profile,why,names in _ALLOWED for k in names.split()}   # attribute -> treatment, PS3.15 action, reason
