@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['NETS', 'build_encoder', 'encoder_spec', 'named_encoder']
 
-# %% ../../nbs/29_nets.registry.ipynb #9e699740
+# %% ../../nbs/29_nets.registry.ipynb #c4507ea7
 import inspect
 
 from ..core import UserError, choose, nearest
 from .nnunet import PlainEncoder, ResEncEncoder
 from .unet import ResNetEncoder, UNetEncoder
+from .uniformer3d import ResidualEncoder, UniFormerEncoder
 
-# %% ../../nbs/29_nets.registry.ipynb #ee714e06
+# %% ../../nbs/29_nets.registry.ipynb #2c2cc67d
 NETS = dict(
     unet=UNetEncoder,        # convolutional pyramid, 2-D and 3-D
     resnet18=ResNetEncoder,  # 2-D, the layout of the public ImageNet weights
+    uniformer=UniFormerEncoder,  # convolution, then attention: BrainMVP's encoder
+    residual=ResidualEncoder,    # pre-activation residual blocks: BrainMVP's convolutional variant
     plain=PlainEncoder,      # nnU-Net's PlainConvUNet, and MONAI's DynUNet
     resenc=ResEncEncoder,    # nnU-Net's ResidualEncoderUNet
 )
