@@ -8,7 +8,7 @@ __all__ = ['FORMAT', 'PrepareConfig', 'foreground', 'normalise', 'denormalise', 
            'fingerprint', 'about', 'prepare_one', 'run_jobs', 'out_voxels', 'estimate', 'human', 'clock', 'mark_test',
            'prepare', 'only_one', 'report']
 
-# %% ../../nbs/17_data.prepare.ipynb #01b0d937
+# %% ../../nbs/17_data.prepare.ipynb #d42540db
 import errno
 import fcntl
 import hashlib
@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import socket
 import sys
 import time
 from collections import Counter
@@ -29,7 +30,7 @@ from typing import Literal
 import numpy as np
 
 from ..config import to_dict
-from ..core import UserError, choose, read_json, write_json, write_jsonl
+from ..core import UserError, choose, die_with_parent, disk_errors, read_json, sweep, write_json, write_jsonl
 from .cases import MODALITIES, Manifest, channel_order, pack, split_by_subject, text_table, write_case, write_index
 from .ingest import read_text
 from .privacy import quiet_readers, safe_traceback
@@ -291,7 +292,7 @@ def about(
     "Who, where from, which class."
     return dict(subject=row['subject'], session=row.get('session'), group=row.get('group'), split=row.get('split'), labels={k: v for k,v in (row.get('labels') or {}).items() if not isinstance(v, dict)})
 
-# %% ../../nbs/17_data.prepare.ipynb #f77db67e
+# %% ../../nbs/17_data.prepare.ipynb #f5ef5cdd
 @quiet_readers()
 def prepare_one(
     row:dict, paths:dict, cfg:PrepareConfig,
@@ -320,9 +321,10 @@ def prepare_one(
         print(safe_traceback(e), file=sys.stderr)   # ours to mend: where in the code, without what the message quotes
         return bad('unexpected', f'{type(e).__name__} while preparing')
 
-def _quiet():
+def _quiet(master):
     import torch
     torch.set_num_threads(1)
+    die_with_parent(master)       # a pool whose master was killed would wait for ever, and hold the lock of the folder
 
 def run_jobs(
     jobs:list,      # arguments of `prepare_one`
@@ -333,7 +335,7 @@ def run_jobs(
         for j in jobs: yield prepare_one(*j)
         return
     kind = 'fork' if 'fork' in multiprocessing.get_all_start_methods() and sys.platform == 'linux' else 'spawn'
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(kind), initializer=_quiet)
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(kind), initializer=_quiet, initargs=(os.getpid(),))
     try:
         jobs,busy = iter(jobs),set()
         while True:
@@ -393,7 +395,7 @@ def mark_test(
     test = {r['subject'] for r in split_by_subject(rows, dict(train=1-share, test=share), seed)['test']}
     return [dict(r, split='test' if r['subject'] in test else 'train') for r in rows]
 
-# %% ../../nbs/17_data.prepare.ipynb #92c59291
+# %% ../../nbs/17_data.prepare.ipynb #b528af4c
 def prepare(
     cfg:PrepareConfig,
 )->dict:             # counts, `problems` by kind, `out`
@@ -413,9 +415,8 @@ def prepare(
     need = estimate(jobs, cfg) if jobs and (cfg.dry_run or len(jobs) > 1) else None
     _announce(len(done), len(jobs), need, out)
     if cfg.dry_run: return dict(cases=len(rows), kept=len(done), todo=len(jobs), reports=len(texts), estimate=need, out=None)
-    out.mkdir(parents=True, exist_ok=True)
-    with only_one(out):
-        for p in (out/'volumes').glob('.*.tmp'): p.unlink(missing_ok=True)   # left by a kill
+    with disk_errors(out, 'the prepared set', todo='make room or choose another --out; what is prepared stays, the same command continues'), only_one(out):
+        sweep(out); sweep(out/'volumes')                                     # left by a kill
         if jobs: (out/'index.jsonl').unlink(missing_ok=True)
         problems,size = _work(jobs, cfg)
         for r in rows:
@@ -431,7 +432,7 @@ def prepare(
     print(report(summary, problems))
     return summary
 
-# %% ../../nbs/17_data.prepare.ipynb #a883bcdf
+# %% ../../nbs/17_data.prepare.ipynb #be6b5a8f
 def _committed(out, case, fp):
     "The index row of a case that is up to date, else None."
     p,v = out/'volumes'/f'{case}.json',out/'volumes'
@@ -447,12 +448,21 @@ def _refresh(out, r):
     write_json(p, dict(info, row=dict(info['row'], **about(r))))
 
 @contextmanager
-def only_one(out):
-    "One process at a time; the lock dies with its holder."
-    with open(Path(out)/'.lock', 'a') as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: raise UserError(f'another process is preparing {out}', '', 'wait for it, or choose another --out') from None
-        yield
+def only_one(out, patience=3.):
+    "One process at a time; the lock dies with its holder and the workers that it leaves behind (they look once a second)."
+    Path(out).mkdir(parents=True, exist_ok=True); path = Path(out)/'.lock'
+    if path.is_symlink(): raise UserError(f'.lock in {out} is a link', 'a plain file', 'use another --out')
+    with os.fdopen(os.open(path, os.O_RDWR|os.O_CREAT|os.O_NOFOLLOW, 0o666), 'r+') as f:
+        until = time.monotonic() + patience
+        while True:
+            try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB); break
+            except BlockingIOError:
+                if time.monotonic() > until: raise UserError(f'another process is preparing {out} ({f.read().strip() or "unknown"})', '', 'wait for it, or choose another --out') from None
+                time.sleep(.1)
+            except OSError as e: print(f'this file system cannot lock {path} ({e}): make sure that no other process prepares here', file=sys.stderr); break
+        f.seek(0); f.truncate(); f.write(f'process {os.getpid()} on {socket.gethostname()}'); f.flush()
+        try: yield
+        finally: f.seek(0); f.truncate()
 
 def _announce(kept, todo, need, out):
     say = lambda *w: print(*w, file=sys.stderr)
