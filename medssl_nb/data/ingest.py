@@ -10,12 +10,12 @@ __all__ = ['TOKENS', 'MR_KINDS', 'CONTRAST', 'LABEL', 'NOISE', 'PAIRS', 'IMAGE_D
            'channel_names', 'match_labels', 'find_named', 'compile_pattern', 'find_pattern', 'find_bids',
            'dicom_modality', 'dicom_key', 'split_series', 'dicom_facts', 'series_of', 'find_dicom', 'spread',
            'read_table', 'read_text', 'find_npz', 'find_text', 'pick_column', 'label_value', 'join_labels',
-           'find_table', 'IngestConfig', 'check_config', 'bids_roots', 'find_volumes', 'why_ignored', 'not_ours',
-           'find_items', 'find_label_dir', 'probe_item', 'probe_text', 'pick_frames', 'probe_series', 'by_grid',
-           'make_cases', 'join_grids', 'Names', 'hide_words', 'case_row', 'ingest', 'use_labels', 'say_whose', 'twins',
-           'summary']
+           'find_table', 'listed_items', 'there', 'whole_pairs', 'own_labels', 'list_file', 'find_list', 'by_name',
+           'IngestConfig', 'check_config', 'bids_roots', 'find_volumes', 'why_ignored', 'not_ours', 'find_items',
+           'find_label_dir', 'probe_item', 'probe_text', 'pick_frames', 'probe_series', 'by_grid', 'make_cases',
+           'join_grids', 'Names', 'hide_words', 'case_row', 'ingest', 'use_labels', 'say_whose', 'twins', 'summary']
 
-# %% ../../nbs/16_data.ingest.ipynb #7fc5d683
+# %% ../../nbs/16_data.ingest.ipynb #85d720e3
 import csv
 import hashlib
 import os
@@ -30,6 +30,7 @@ import numpy as np
 from ..core import UserError, choose, nearest, pseudonym, read_json, site_key
 from .cases import MODALITIES, channel_order, write_manifest
 from .privacy import identifying, quiet_readers, safe_words, show_paths
+from .lists import locate, read_list
 from .volume import Grid, ReadError, dicom_head, dicom_header, guess_format, npz_rows, probe
 from ..guard import Lost, guarded
 
@@ -479,7 +480,7 @@ def join_labels(
     if len(problems) == len(rows): raise UserError('no row of the table of labels names an image', f'file names, stems or subjects in one of the columns {", ".join(names)}', 'name the column with --columns path COLUMN')
     return problems
 
-# %% ../../nbs/16_data.ingest.ipynb #862c687a
+# %% ../../nbs/16_data.ingest.ipynb #25672854
 ROLES = dict(image='image', img='image', label='label', mask='mask', seg='label', segmentation='label', text='text', report='text')
 
 def find_table(
@@ -494,38 +495,97 @@ def find_table(
     items,problems = [],[]
     for r in rows:
         get = lambda k: r[col[k]] if col[k] else ''
-        p = root/get('path')
-        if not get('path') or not p.exists(): problems.append(Problem([p], 'missing', 'the table names a file that is not there')); continue
-        role = get('role').lower() or ('label' if is_label(get('modality')) else 'image'); fmt = 'dicom' if p.is_dir() else guess_format(p)
-        known = dict(split=get('split') or None, group=get('group') or cfg.group, session=get('session'))
-        if get('subject'): known |= dict(subject=get('subject'))
-        if fmt == 'npz': new,more = find_npz(p, cfg, modality=modality_of(get('modality'), cfg.modality_map), group=known['group'])
-        elif role in ('text', 'report') and fmt in ('csv', 'text'): new,more = find_text(p, cfg, group=known['group'])
-        elif role not in ROLES or fmt in ('csv', 'text'): new,more = [],[Problem([p], 'ignored', 'its role in the table is not image, label or text', 'warning')]
-        else:
-            m = modality_of(get('modality'), cfg.modality_map) if get('modality') else modality_of(stem(p), cfg.modality_map)
-            values = {} if role in ('label', 'mask') else {('class' if len(cfg.label_columns) == 1 else c): label_value(r[c]) for c in cfg.label_columns if r.get(c)}
-            base = dict(role='label' if role in ('label', 'mask') else 'image', modality=m, case=get('case') or str(p), name=label_name(stem(p), role), values=values) | known
-            if fmt == 'dicom' and (p.is_dir() or base['role'] == 'image'):
-                new,more = find_dicom(walk(p), root, cfg)
-                new = [replace(i, **(base | dict(modality=m or i.modality, subject=known.get('subject') or i.subject, case=base['case'] if len(new) == 1 else f"{base['case']}|{i.case}"))) for i in new]
-            else:
-                g = pair_files(walk(p.parent)) if str(p).lower().removesuffix('.gz').endswith(tuple(PAIRS)) else [[p]]
-                new,more = [Item(next(x for x in g if p in x), fmt, item=int(get('item')) if get('item') else None, **({'subject': str(p)} | base))],[]
-        items += new; problems += more
-    paired = {q for i in items for q in i.paths[1:] if i.format != 'dicom'}              # a data file that has its own row and belongs to a header
-    return [i for i in items if i.paths[0] not in paired],problems,root
+        role = get('role').lower() or ('label' if is_label(get('modality')) else 'image')
+        row = dict(role=role, text=get('modality'), item=int(get('item')) if get('item').isdigit() else None, case=get('case'), name=None, subject=get('subject'), session=get('session'), split=get('split') or None, group=get('group'),
+            values={} if role in ('label', 'mask') else {('class' if len(cfg.label_columns) == 1 else c): label_value(r[c]) for c in cfg.label_columns if r.get(c)})
+        new,more = listed_items(row, root/get('path') if get('path') else None, root, cfg); items += new; problems += more
+    return own_labels(whole_pairs(items)),problems,root
 
-# %% ../../nbs/16_data.ingest.ipynb #7f4809eb
-LAYOUTS = ('auto', 'nifti', 'bids', 'dicom', 'images', 'npz', 'text', 'table')
+def listed_items(
+    row:dict,      # what a table or list says of one file
+    p,             # where it is
+    root, cfg,
+)->tuple:          # items, problems
+    "One file that somebody named."
+    if p is None or not there(p): return [],[Problem([p or root], 'missing', 'a file is named that is not there')]
+    role,text = row['role'],row['text']; fmt = 'dicom' if p.is_dir() else guess_format(p)
+    known = dict(split=row['split'], group=row['group'] or cfg.group, session=row['session'])
+    if row['subject']: known |= dict(subject=row['subject'])
+    if fmt == 'npz': return find_npz(p, cfg, modality=modality_of(text, cfg.modality_map), group=known['group'])
+    if role in ('text', 'report') and fmt in ('csv', 'text'): return find_text(p, cfg, group=known['group'])
+    if role not in ROLES or fmt in ('csv', 'text'): return [],[Problem([p], 'ignored', 'its role in the table is not image, label or text', 'warning')]
+    if fmt is None: return [],[not_ours(p) or Problem([p], 'format', 'the format is not known or not an image')]
+    m = modality_of(text, cfg.modality_map) if text else row.get('modality') or modality_of(stem(p), cfg.modality_map)
+    base = dict(role='label' if role in ('label', 'mask') else 'image', modality=m, case=row['case'] or str(p), name=row['name'] or label_name(stem(p), role), values=row['values']) | known
+    if fmt == 'dicom' and (p.is_dir() or base['role'] == 'image'):
+        new,problems = find_dicom(walk(p), root, cfg)
+        return [replace(i, **(base | dict(modality=m or i.modality, subject=known.get('subject') or i.subject, case=base['case'] if len(new) == 1 else f"{base['case']}|{i.case}"))) for i in new],problems
+    g = pair_files(walk(p.parent)) if str(p).lower().removesuffix('.gz').endswith(tuple(PAIRS)) else [[p]]
+    return [Item(next(x for x in g if p in x), fmt, item=row['item'], **({'subject': str(p)} | base))],[]
+
+def there(p):
+    "Whether a named file can be seen; names that no disk can hold are not there."
+    try: return p.exists()
+    except (OSError, ValueError): return False
+
+def whole_pairs(items):
+    "A data file that has its own row and belongs to a header is no image of its own."
+    paired = {q for i in items for q in i.paths[1:] if i.format != 'dicom'}
+    return [i for i in items if i.paths[0] not in paired]
+
+def own_labels(items):
+    "A label without a case goes to its person's only image."
+    mine = {}
+    for i in items:
+        if i.role == 'image': mine.setdefault((i.subject, i.session), set()).add(i.case)
+    home = lambda i: mine.get((i.subject, i.session), set())
+    return [replace(i, case=next(iter(home(i)))) if i.role == 'label' and i.case == str(i.paths[0]) and len(home(i)) == 1 else i for i in items]
+
+# %% ../../nbs/16_data.ingest.ipynb #2ba5e8df
+def list_file(cfg):
+    "The list that was given, or None."
+    p = next((Path(p) for p in (cfg.table, cfg.src) if p and str(p).lower().endswith('.json')), None)
+    return p if p and (cfg.layout in ('auto', 'nnssl', 'monai') and not p.is_dir()) else None
+
+def find_list(
+    cfg, file,
+)->tuple:      # items, problems, the layout, the folder where names begin
+    "Items by a list of MONAI or nnssl."
+    layout,rows,said = read_list(file, 'auto' if cfg.layout == 'auto' else cfg.layout)
+    base = Path(cfg.src) if cfg.src and Path(cfg.src).is_dir() else Path(file).parent
+    found = [(r, *locate(r['path'], base)) for r in rows]; places = [p for _,p,_ in found if p]
+    root = base if any(p.is_relative_to(base) for p in places) or not places else Path(os.path.commonpath([p.parent for p in places]))
+    items,problems = [],[Problem([file], kind, text, 'warning') for kind,text in said]; seen,visit = {},{}
+    for r,p,var in found:
+        if p is None: problems.append(Problem([base/r['path']], 'missing', f'the path begins with the variable {var}, which is not set')); continue
+        first = seen.setdefault((p, r['role'], r['item']), r)
+        if first is not r:
+            if r['role'] == 'image': problems.append(Problem([p], 'duplicate', 'listed more than once' + (f', in {first["split"]} and in {r["split"]}' if first['split'] != r['split'] else '') + '; the first counts', 'warning'))
+            continue
+        r = dict(r, values=dict(r['values']), claim='')
+        if layout == 'monai': r = by_name(r, p, root, visit, cfg)
+        elif r['text'] and not modality_of(r['text'], cfg.modality_map): r['claim'] = 'something that is not known here'
+        new,more = listed_items(r, p, root, cfg); items += [replace(i, claim=r['claim'] or i.claim) for i in new]; problems += more
+    return whole_pairs(items),problems,layout,root
+
+def by_name(r, p, root, visit, cfg):
+    "What a MONAI list leaves open, from the names: modality, person, visit."
+    if not p.is_relative_to(root) or p == root: return r
+    i = name_item([p], root, '', cfg.modality_map)
+    if not modality_of(r['text'], cfg.modality_map): r |= dict(text='', modality=i.modality)
+    if not p.is_dir(): r['subject'] = r['subject'] or i.subject; r['session'] = visit.setdefault(r['case'], r['session'] or i.session)
+    return r
+
+# %% ../../nbs/16_data.ingest.ipynb #9d238949
+LAYOUTS = ('auto', 'nifti', 'bids', 'dicom', 'images', 'npz', 'text', 'table', 'nnssl', 'monai')
 
 @dataclass
 class IngestConfig:
     "A folder of scans -> a manifest: cases, and a list of problems."
-    src:Path|None=None           # folder of scans, or one file; with a table, where its paths begin
+    src:Path|None=None           # folder of scans, or one file, or a list (.json of MONAI or nnssl); with a table, where its paths begin
     out:Path=Path('manifest')    # folder to write
-    layout:str='auto'            # auto, nifti, bids, dicom, images, npz, text, table
-    table:Path|None=None         # CSV or TSV with a row a file: path, subject, session, case, modality, role, split, group
+    layout:str='auto'            # auto, nifti, bids, dicom, images, npz, text, table, nnssl, monai
+    table:Path|None=None         # a list (.json), or a CSV or TSV with a row a file: path, subject, session, case, modality, role, split, group
     columns:dict[str,str]=field(default_factory=dict)       # our name -> the column in your table, e.g. case coreg_group
     pattern:str=''               # e.g. '{subject}/{session}/{modality}.nii.gz'; fields subject session case modality role class split, and *
     modality:str=''              # for files whose name says none
@@ -551,6 +611,7 @@ def check_config(cfg):
     if cfg.timeout <= 0: raise UserError(f'timeout is {cfg.timeout}', 'seconds above 0')
     if cfg.modality: choose(cfg.modality, MODALITIES, 'modality')
     for v in cfg.modality_map.values(): choose(v, MODALITIES, 'modality')
+    if cfg.layout in ('nnssl', 'monai') and not list_file(cfg): raise UserError(f'layout {cfg.layout} without a list', 'the .json file, as source or with --table')
     if cfg.layout == 'table' and not cfg.table: raise UserError('layout table without a table', '--table file.csv')
     if not cfg.src and not cfg.table: raise UserError('nothing to ingest', 'a folder, a file or --table file.csv')
     if cfg.pattern: compile_pattern(cfg.pattern)
@@ -593,13 +654,14 @@ def not_ours(p):
     "A problem where a file holds images that cannot be read here."
     return next((Problem([p], 'format', why) for ends,why in UNKNOWN.items() if Path(p).name.lower().endswith(ends)), None)
 
-# %% ../../nbs/16_data.ingest.ipynb #cf9e8aae
+# %% ../../nbs/16_data.ingest.ipynb #eea6c5a5
 def find_items(
     cfg,         # `IngestConfig`
-)->tuple:        # items, problems, the layout that was used
+)->tuple:        # items, problems, the layout that was used, the folder where names begin
     "Everything below the source, as items and problems."
+    if file := list_file(cfg): return find_list(cfg, file)
     if cfg.table and cfg.layout in ('auto', 'table'):
-        items,problems,_ = find_table(cfg); return items,problems,'table'
+        items,problems,root = find_table(cfg); return items,problems,'table',root
     src = Path(cfg.src); files = walk(src, skip=[cfg.out]); root = src if src.is_dir() else src.parent
     if not files: raise UserError(f'{src} holds no files', 'a folder of scans')
     by,problems = {},[]
@@ -624,7 +686,7 @@ def find_items(
     if cfg.label_dir: new,more = find_label_dir(cfg, items); items += new; problems += more
     used = {p for x in (*items, *problems) for p in x.paths}
     problems += [Problem([p], 'ignored', why_ignored(p), 'warning') if not (o := not_ours(p)) else o for p in files if p not in used]
-    return items,problems,layout
+    return items,problems,layout,root
 
 # %% ../../nbs/16_data.ingest.ipynb #b0578880
 def find_label_dir(cfg, items):
@@ -641,13 +703,13 @@ def find_label_dir(cfg, items):
         else: problems.append(Problem(i.paths, 'orphan-label', 'no image goes with this label by its name' if not hit else f'{len(hit)} cases could own this label'))
     return out,problems
 
-# %% ../../nbs/16_data.ingest.ipynb #dbfeb547
+# %% ../../nbs/16_data.ingest.ipynb #4965af03
 def probe_item(
     i:Item, cfg,
 )->tuple:       # `(item, FILE entry without its pseudonym)` for each volume that came out, problems
     "Open one item."
     bad = lambda kind,reason,severity='error': Problem(i.paths, kind, reason, severity)
-    if i.role == 'image' and not i.modality: return [],[bad('modality', f'the header calls it {i.claim}; if it is one of our modalities, say so with --modality-map' if i.claim else NO_MODALITY)]
+    if i.role == 'image' and not i.modality: return [],[bad('modality', f'it is called {i.claim}; if it is one of our modalities, say so with --modality-map' if i.claim else NO_MODALITY)]
     if i.format in ('text', 'csv'): return probe_text(i)
     channels = (1 if i.role == 'label' else {'xr': 1, 'he': 3}.get(i.modality)) if i.format in ('image', 'npz', 'dicom') else None
     try: f = probe(i.paths, i.format, i.item, channels, cfg.verify, i.heads)
@@ -668,7 +730,7 @@ def probe_text(i):
     f = dict(format=i.format, item=i.item, shape=[len(t)], spacing=[], affine=[], orientation='', channels=1, dtype='utf-8', sha256=hashlib.sha256(t.encode()).hexdigest(), dims=1)
     return [(i, f | ({'columns': i.columns} if i.columns else {}))],[]
 
-# %% ../../nbs/16_data.ingest.ipynb #f4d3d818
+# %% ../../nbs/16_data.ingest.ipynb #b29343e4
 SERIES = set('dwi mr ct pet mra pd t2s'.split())
 
 def pick_frames(
@@ -695,7 +757,7 @@ def probe_series(
     take,why = pick_frames(i, e.kind, e.frames, e.b, cfg)
     if not take:
         silent = i.modality == 'dwi' and not e.b and cfg.series == 'first'
-        return [],[Problem(i.paths, e.kind, e.reason.replace('item=0, 1, …', '--frame 0 or --series each') + ('; its b-values are not known, so nothing says which are diffusion-weighted' if silent else ''))]
+        return [],[Problem(i.paths, e.kind, e.reason.replace('item=0, 1, …', '--frame 0' + ' or --series each'*(e.kind == '4d' and i.modality in SERIES)) + ('; its b-values are not known, so nothing says which are diffusion-weighted' if silent else ''))]
     found,problems = [],[]
     for k in take:
         new,more = probe_item(replace(i, item=k, case=i.case if k == take[0] else f'{i.case}|volume {k}'), cfg); found += new; problems += more
@@ -806,7 +868,7 @@ def case_row(draft, n, names, group):
     return dict(case=names.of(f'{i0.case}|{i0.session}|{n}', 'c'), subject=names.of(i0.subject, 's'), session=names.of(f'{i0.subject}|{i0.session}', 'v') if i0.session else '',
         dims=next(iter(draft['images'].values()))[1]['dims'], images=images, labels=labels, group=i0.group or group, split={'validation': 'val', 'valid': 'val', 'training': 'train', 'testing': 'test'}.get(split, split))
 
-# %% ../../nbs/16_data.ingest.ipynb #03a7ef6e
+# %% ../../nbs/16_data.ingest.ipynb #3a17d14b
 @quiet_readers()
 def ingest(
     cfg,        # `IngestConfig`
@@ -814,8 +876,7 @@ def ingest(
     "Make a manifest of a folder; ends with a table of what was found."
     check_config(cfg); whole = lambda p: Path(os.path.abspath(p)) if p else None
     cfg = replace(cfg, src=whole(cfg.src), table=whole(cfg.table), labels=whole(cfg.labels), label_dir=whole(cfg.label_dir))   # pseudonyms must not depend on where one stands
-    items,problems,layout = find_items(cfg)
-    root = Path(cfg.src) if cfg.src and Path(cfg.src).is_dir() else Path(cfg.src or cfg.table).parent
+    items,problems,layout,root = find_items(cfg)
     for i in items:
         if i.role == 'image' and cfg.modality and i.modality in (None, 'mr') and not i.claim: i.modality = cfg.modality
     labels,problems = use_labels(items, problems, root, layout, cfg)
@@ -843,10 +904,10 @@ def ingest(
     if not rows: raise UserError(f'no case came out of {len(items)} images', 'at least one', 'the problems above say why')
     return dict(out=str(cfg.out), layout=layout, **counts)
 
-# %% ../../nbs/16_data.ingest.ipynb #e8c7c44a
+# %% ../../nbs/16_data.ingest.ipynb #c8630903
 def use_labels(items, problems, root, layout, cfg):
     "The table of labels that was given, or each `labels.csv` for the images of its folder."
-    if layout in ('dicom', 'npz', 'text', 'table') and not cfg.labels: return [],problems
+    if layout in ('dicom', 'npz', 'text', 'table', 'nnssl', 'monai') and not cfg.labels: return [],problems
     found = [cfg.labels] if cfg.labels else [p.paths[0] for p in problems if p.kind == 'ignored' and p.paths[0].name.lower() == 'labels.csv']
     if not found and (root.parent/'labels.csv').is_file(): found = [root.parent/'labels.csv']
     used,more = [],[]
