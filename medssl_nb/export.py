@@ -257,7 +257,7 @@ def adaptation_plan(
                 pretrain_num_input_channels=enc.in_channels, recommended_downstream_patchsize=list(map(int, patch)),
                 key_to_encoder='encoder.stages', key_to_stem=stem, keys_to_in_proj=[f'{proj}.conv', f'{proj}.all_modules.0'], key_to_lpe=None)
 
-# %% ../nbs/91_export.ipynb #e7e73190
+# %% ../nbs/91_export.ipynb #56868949
 def fit_patch(patch, stride):
     "The nearest multiple of the stride, per axis; at least two."
     return [max(2, round(p/stride))*stride for p in patch]
@@ -274,10 +274,12 @@ def nnunet_plans(
     have = plans.get('configurations') if isinstance(plans, dict) else None
     if not isinstance(have, dict) or want not in have or 'patch_size' not in have[want]: raise UserError(f'the plans have no configuration {want!r}' + (f' but {", ".join(have)}' if isinstance(have, dict) else ''), 'plans from nnUNetv2_plan_experiment', f'a {enc.dims}-D encoder needs it')
     new = copy.deepcopy(plans); conf = new['configurations'][want]
-    if spacing is not None: conf['spacing'] = [float(s) for s in spacing]
+    turn = new.get('transpose_forward') or range(enc.dims)               # plans may have their axes in another order than the file
+    turned = lambda v: [v[a] for a in turn] if enc.dims == 3 else list(v)
+    if spacing is not None: conf['spacing'] = [float(s) for s in turned(spacing)]
     stride = enc.strides[-1]
     if patch is not None and any(p % stride or p < 2*stride for p in patch): raise UserError(f'patch {tuple(patch)}', f'multiples of {stride}, at least {2*stride}')
-    conf.update(architecture=nnunet_architecture(enc), patch_size=list(map(int, patch or fit_patch(conf['patch_size'], stride))), data_identifier=f'{name}_{want}')
+    conf.update(architecture=nnunet_architecture(enc), patch_size=list(map(int, turned(patch) if patch else fit_patch(conf['patch_size'], stride))), data_identifier=f'{name}_{want}')
     new.update(configurations={want: conf}, plans_name=name)
     return new
 
