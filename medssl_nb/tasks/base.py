@@ -43,7 +43,7 @@ def one_modality(
     i = u.argmax(1).to(image.device)
     return image[torch.arange(len(image), device=image.device), i][:,None], i
 
-# %% ../../nbs/40_tasks.base.ipynb #af93a8be
+# %% ../../nbs/40_tasks.base.ipynb #ebf8919a
 def check_task(
     task:Task,        # the method
     batch:dict,       # a batch as the loader yields it
@@ -83,7 +83,8 @@ def check_task(
             sum(terms.values()).backward()
             idle = [n for n,p in task.named_parameters() if p.requires_grad and p.grad is None]
             ok(not idle, f'no gradient for {idle[:4]}{" …" if len(idle) > 4 else ""}', 'remove them, or weigh idle ones by zero')
-            bad = [n for n,p in task.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            # a sparse gradient lists the rows that were used
+            bad = [n for n,p in task.named_parameters() if p.grad is not None and not (p.grad.coalesce().values() if p.grad.is_sparse else p.grad).isfinite().all()]
             ok(not bad, f'gradient of {bad[:4]} is not finite')
         return {k: t.item() for k,t in terms.items()}
     finally:
