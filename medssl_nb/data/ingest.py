@@ -8,8 +8,8 @@ __all__ = ['TOKENS', 'MR_KINDS', 'CONTRAST', 'LABEL', 'NOISE', 'PAIRS', 'IMAGE_D
            'CLASSES', 'ROLES', 'LAYOUTS', 'WANTED', 'IGNORED', 'SIDECARS', 'UNKNOWN', 'SERIES', 'words', 'modality_of',
            'Item', 'Problem', 'walk', 'pair_files', 'cut_visit', 'is_label', 'label_name', 'stem', 'name_item',
            'channel_names', 'match_labels', 'find_named', 'compile_pattern', 'find_pattern', 'find_bids',
-           'dicom_modality', 'dicom_key', 'split_series', 'dicom_facts', 'series_of', 'find_dicom', 'spread',
-           'read_table', 'read_text', 'find_npz', 'find_text', 'pick_column', 'label_value', 'join_labels',
+           'dicom_modality', 'dicom_key', 'file_size', 'split_series', 'dicom_facts', 'series_of', 'find_dicom',
+           'spread', 'read_table', 'read_text', 'find_npz', 'find_text', 'pick_column', 'label_value', 'join_labels',
            'find_table', 'listed_items', 'there', 'whole_pairs', 'own_labels', 'list_file', 'find_list', 'by_name',
            'IngestConfig', 'check_config', 'bids_roots', 'find_volumes', 'why_ignored', 'not_ours', 'find_items',
            'find_label_dir', 'probe_item', 'probe_text', 'pick_frames', 'probe_series', 'by_grid', 'make_cases',
@@ -281,7 +281,7 @@ def find_bids(
     lost = [i for i in items if i.role == 'label' and (i.case, i.session) not in have]
     return [i for i in items if i not in lost],problems + [Problem(i.paths, 'orphan-label', 'no image of this subject and session') for i in lost]
 
-# %% ../../nbs/16_data.ingest.ipynb #53519e9a
+# %% ../../nbs/16_data.ingest.ipynb #b58bdf10
 DICOM_MODALITY = dict(CT='ct', PT='pet', CR='xr', DX='xr', DR='xr', RG='xr', MG='xr')
 OTHER_MODALITY = dict(US='ultrasound', NM='nuclear medicine', XA='angiography', RF='fluoroscopy', OT='"other", often a screenshot', SC='a screenshot', ES='endoscopy', XC='a photograph', OP='a photograph of the eye', OPT='tomography of the eye', SM='slide microscopy', IVUS='ultrasound in a vessel')
 NOT_IMAGES = dict(RTSTRUCT='a structure set (contours)', RTPLAN='a treatment plan', RTDOSE='a dose', SR='a report', PR='a presentation state', KO='a key object selection', SEG='a segmentation object', REG='a registration', DOC='a document')
@@ -303,6 +303,10 @@ def dicom_key(ds, path):
     placed = ds.get('ImageOrientationPatient') is not None and ds.get('ImagePositionPatient') is not None
     return str(ds.get('StudyInstanceUID') or ''), str(ds.get('SeriesInstanceUID') or ''), int(ds.Rows), int(ds.Columns), '' if placed else str(path)
 
+def file_size(p):
+    try: return Path(p).stat().st_size
+    except OSError: return 0
+
 def split_series(
     found:list,   # `(path, (SOP instance, position), orientation, what is known, Head)` of one series
 )->tuple:         # lists of them, one a volume; problems
@@ -320,8 +324,10 @@ def split_series(
         for here in by.values() if copied else [part]:
             once = {}
             for f in here:
-                if f[1] in once: problems.append(Problem([f[0]], 'duplicate', 'the same image (same instance, same position) as another file of its folder', 'warning'))
-                else: once[f[1]] = f
+                once.setdefault(f[1], []).append(f)
+            for key,same in once.items():
+                keep = max(same, key=lambda f: file_size(f[0])) if len(same) > 1 else same[0]      # a copy that was cut off is the smaller one
+                problems += [Problem([f[0]], 'duplicate', 'the same image (same instance, same position) as another file of its folder', 'warning') for f in same if f is not keep]; once[key] = keep
             out.append(list(once.values()))
     return out,problems
 
@@ -480,7 +486,7 @@ def join_labels(
     if len(problems) == len(rows): raise UserError('no row of the table of labels names an image', f'file names, stems or subjects in one of the columns {", ".join(names)}', 'name the column with --columns path COLUMN')
     return problems
 
-# %% ../../nbs/16_data.ingest.ipynb #25672854
+# %% ../../nbs/16_data.ingest.ipynb #204e2057
 ROLES = dict(image='image', img='image', label='label', mask='mask', seg='label', segmentation='label', text='text', report='text')
 
 def find_table(
@@ -517,7 +523,7 @@ def listed_items(
     if fmt is None: return [],[not_ours(p) or Problem([p], 'format', 'the format is not known or not an image')]
     m = modality_of(text, cfg.modality_map) if text else row.get('modality') or modality_of(stem(p), cfg.modality_map)
     base = dict(role='label' if role in ('label', 'mask') else 'image', modality=m, case=row['case'] or str(p), name=row['name'] or label_name(stem(p), role), values=row['values']) | known
-    if fmt == 'dicom' and (p.is_dir() or base['role'] == 'image'):
+    if fmt == 'dicom':
         new,problems = find_dicom(walk(p), root, cfg)
         return [replace(i, **(base | dict(modality=m or i.modality, subject=known.get('subject') or i.subject, case=base['case'] if len(new) == 1 else f"{base['case']}|{i.case}"))) for i in new],problems
     g = pair_files(walk(p.parent)) if str(p).lower().removesuffix('.gz').endswith(tuple(PAIRS)) else [[p]]
