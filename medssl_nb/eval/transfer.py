@@ -10,10 +10,10 @@ __all__ = ['NAMES', 'STRENGTHS', 'FREE', 'CELLS', 'CompareConfig', 'FinetuneConf
            'linear_prob', 'probe_cell', 'claim', 'write_reports', 'saw_test', 'compare', 'finetune', 'probe',
            'histories']
 
-# %% ../../nbs/61_eval.transfer.ipynb #030203b0
+# %% ../../nbs/61_eval.transfer.ipynb #170b4547
 import hashlib
 import json
-import shutil
+import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,15 +22,15 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ..config import save_yaml, to_dict
-from ..core import UserError, atomic, generator, read_json, read_jsonl, seed_of, write_json, write_jsonl
+from ..config import read_yaml, save_yaml, to_dict
+from ..core import UserError, atomic, die_with_parent, disk_errors, generator, read_json, read_jsonl, seed_of, sweep, write_json, write_jsonl
 from ..data.cases import Cases, Prepared, class_list, check_disjoint, collate, split_by_subject
 from .metrics import auc, balanced_accuracy, bootstrap, crossed_interval, macro_auc, paired_test, segment_scores
 from ..losses.segment import class_weights
 from ..nets.registry import build_encoder
 from ..tasks.supervised import NORMS, AugmentConfig, Classify, ClassifyConfig, Segment, SegmentConfig, card_norm, evaluating, groups_of, input_norm, predict, predict_class, to_labels
-from ..train.checkpoint import load_encoder, load_into
-from ..train.trainer import TrainConfig, train
+from ..train.checkpoint import load_encoder, load_into, own, remove_dir
+from ..train.trainer import TrainConfig, run_lock, train
 
 # %% ../../nbs/61_eval.transfer.ipynb #fdd554ac
 @dataclass
@@ -165,7 +165,7 @@ def label_budget(
         if gone: raise UserError(f'a budget of {budget} has no room for class {sorted(gone)[0]!r}', f'at least {budget+len(gone)}: one case of each class')
     return out
 
-# %% ../../nbs/61_eval.transfer.ipynb #0cee745a
+# %% ../../nbs/61_eval.transfer.ipynb #ed8e25ba
 @dataclass
 class Arm:
     "An encoder to be judged, or the twin of one."
@@ -182,10 +182,10 @@ class Arm:
 def trained_norm(path, card)->str|None:
     "The input normalisation of a run: from the card, or from the settings kept beside it."
     if (n := card_norm(card)) is not None: return n
-    import yaml
     for d in (Path(path), Path(path).parent, Path(path).parent.parent):
         if (d/'config.yaml').is_file():
-            return card_norm((yaml.safe_load((d/'config.yaml').read_text()) or {}).get('task') or {})
+            text = read_yaml(own(d, 'config.yaml'))
+            return card_norm((text.get('task') if isinstance(text, dict) else None) or {})
     return None
 
 def load_arm(name, path, channels:int, dims:int, cfg)->Arm:
@@ -327,7 +327,7 @@ def verdict(
         return float(np.log(p[r['target']])) if np.ndim(r['target']) == 0 else float(np.mean(np.where(np.array(r['target']) > .5, np.log(p), np.log(1-p))))
     return dict(score=float(np.mean([ll(r) for r in rows])))
 
-# %% ../../nbs/61_eval.transfer.ipynb #9da2d56a
+# %% ../../nbs/61_eval.transfer.ipynb #56ac1eb7
 def fit(bench:Bench, arm:Arm, rows:list, seed:int, lr:float, freeze:float, out):
     "Train one task on the labelled cases; `(task, history)`."
     cfg,names = bench.cfg,bench.classes and bench.classes['names']
@@ -370,7 +370,7 @@ def run_cell(bench:Bench, name:str, budget:int, seed:int)->dict:
     scores = [dict(arm=name, budget=budget, seed=seed, **r) for r in judge(task, bench, bench.parts['test'], out/'predictions' if cfg.kind == 'segment' else None, cfg.predictions)]
     if not cfg.keep_weights:
         for r in out.glob('run*'):
-            for d in ('checkpoints', 'encoder'): shutil.rmtree(r/d, ignore_errors=True)
+            for d in ('checkpoints', 'encoder'): remove_dir(r/d)      # a process killed in between leaves no half a checkpoint to continue from
     write_jsonl(out/'rows.jsonl', scores)
     result = dict(arm=name, budget=budget, seed=seed, encoder=arm.sha, chosen=i, tried=tried, labelled=sorted(r['case'] for r in rows), test=len({s['case'] for s in scores}), **verdict(scores, cfg.kind))
     write_json(out/'result.json', result)
@@ -554,16 +554,15 @@ def probe_cell(bench:Bench, name:str, budget:int, seed:int)->dict:
     write_json(out/'result.json', result)
     return result
 
-# %% ../../nbs/61_eval.transfer.ipynb #eef176df
+# %% ../../nbs/61_eval.transfer.ipynb #e03fb89f
 FREE = ('data', 'out', 'arms', 'budgets', 'seeds', 'jobs', 'bar', 'predictions', 'device', 'keep_weights')   # may change between two calls
 
 def claim(bench:Bench):
     "Write the settings into a fresh folder, or check that they are the same."
-    import yaml
     cfg,f = bench.cfg,Path(bench.cfg.out)/'config.yaml'
     now = to_dict(cfg); now['test_cases'] = sorted(r['case'] for r in bench.parts['test'])
     if f.is_file():
-        old = yaml.safe_load(f.read_text())
+        old = read_yaml(f) or {}
         differ = [k for k in now if k not in FREE and old.get(k) != now[k]]
         if differ: raise UserError(f'{cfg.out} holds a comparison with other settings: ' + ', '.join(f'{k} was {old.get(k)!r}, now {now[k]!r}' if k != 'test_cases' else 'other test cases' for k in differ), 'the same', 'another --out')
     save_yaml(now, f)
@@ -587,11 +586,12 @@ def saw_test(bench:Bench)->list:
     marks = {fingerprint(s)['sha256'] for s in sets if s and test & {r['case'] for r in s}}
     return [a.name for a in bench.arms.values() if a.data in marks]
 
-# %% ../../nbs/61_eval.transfer.ipynb #2e3c33dc
+# %% ../../nbs/61_eval.transfer.ipynb #db1a2518
 _BENCH = {}
+def _begin(master): torch.set_num_threads(1); die_with_parent(master, .2)     # nobody waits for the cells of a killed comparison
+
 def _work(kind:str, cfg, job):
     "A cell in a process of its own."
-    torch.set_num_threads(1)
     key = json.dumps(to_dict(cfg), sort_keys=True)
     if key not in _BENCH: _BENCH.clear(); _BENCH[key] = resolve(cfg)
     return CELLS[kind](_BENCH[key], *job)
@@ -604,10 +604,17 @@ def compare(
 )->dict:             # out (the table), rows, table, cells
     "All cells of a comparison, then its table."
     if cfg.out is None: raise UserError('no place to write', '--out results/NAME')
-    from tqdm import tqdm
     bench = resolve(cfg); cfg = bench.cfg
     if kind == 'finetune' and len(cfg.lr)*len(cfg.freeze) > 1 and not bench.parts['val']: raise UserError('several settings to choose from and no validation patients', 'a --val share')
     if kind == 'finetune' and cfg.eval_every and not bench.parts['val']: raise UserError('learning curves without validation patients', 'a --val share, or --eval-every 0')
+    with disk_errors(cfg.out, 'the comparison', todo='make room or choose another --out; finished cells are kept, the same command continues'), run_lock(cfg.out):
+        sweep(cfg.out, deep=True)                                     # left by a kill
+        return _all_cells(bench, kind)
+
+def _all_cells(bench:Bench, kind:str)->dict:
+    "Cells, then the table; the folder is ours."
+    from tqdm import tqdm
+    cfg = bench.cfg
     claim(bench); write_reports(bench)
     seen = saw_test(bench)
     note = f'Pre-trained on images (not labels) of these test patients: {", ".join(seen)}.' if seen else ''
@@ -618,7 +625,7 @@ def compare(
             import multiprocessing as mp
             from concurrent.futures import ProcessPoolExecutor, as_completed
             from concurrent.futures.process import BrokenProcessPool
-            with ProcessPoolExecutor(min(cfg.jobs, len(jobs)), mp_context=mp.get_context('spawn')) as pool:
+            with ProcessPoolExecutor(min(cfg.jobs, len(jobs)), mp_context=mp.get_context('spawn'), initializer=_begin, initargs=(os.getpid(),)) as pool:
                 try:
                     for f in as_completed([pool.submit(_work, kind, cfg, j) for j in jobs]): f.result(); bar.update(1)
                 except BrokenProcessPool: raise UserError('a process that computed a cell died', '', 'most often the memory was full: use fewer --jobs; finished cells are kept, the same command continues') from None
