@@ -5,20 +5,23 @@
 # %% auto #0
 __all__ = ['NETS', 'build_encoder', 'encoder_spec', 'named_encoder']
 
-# %% ../../nbs/29_nets.registry.ipynb #c4507ea7
+# %% ../../nbs/29_nets.registry.ipynb #04dc2330
 import inspect
 
 from ..core import UserError, choose, nearest
 from .nnunet import PlainEncoder, ResEncEncoder
+from .swin3d import DilatedEncoder, SwinEncoder
 from .unet import ResNetEncoder, UNetEncoder
 from .uniformer3d import ResidualEncoder, UniFormerEncoder
 
-# %% ../../nbs/29_nets.registry.ipynb #2c2cc67d
+# %% ../../nbs/29_nets.registry.ipynb #9dee1b1a
 NETS = dict(
     unet=UNetEncoder,        # convolutional pyramid, 2-D and 3-D
     resnet18=ResNetEncoder,  # 2-D, the layout of the public ImageNet weights
     uniformer=UniFormerEncoder,  # convolution, then attention: BrainMVP's encoder
     residual=ResidualEncoder,    # pre-activation residual blocks: BrainMVP's convolutional variant
+    swin=SwinEncoder,        # MONAI's shifted windows, as in Swin-UNETR: TACO's encoder
+    dilated=DilatedEncoder,  # small and wide-eyed, for lessons
     plain=PlainEncoder,      # nnU-Net's PlainConvUNet, and MONAI's DynUNet
     resenc=ResEncEncoder,    # nnU-Net's ResidualEncoderUNet
 )
