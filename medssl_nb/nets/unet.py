@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['norm_layer', 'conv', 'conv_up', 'unit_block', 'fan_in', 'init_weights', 'check_input', 'UNetEncoder', 'read_weights',
-           'ResNetEncoder', 'PyramidDecoder', 'SkipDecoder', 'ClassHead']
+           'ResNetEncoder', 'merged_kernel', 'seen_bias', 'regions', 'AddRim', 'worth_merging', 'grow_merged',
+           'PyramidDecoder', 'SkipDecoder', 'ClassHead']
 
-# %% ../../nbs/20_nets.unet.ipynb #22d4149d
+# %% ../../nbs/20_nets.unet.ipynb #671fdd42
+from itertools import product
 from math import gcd, prod
 
 import torch
@@ -172,7 +174,76 @@ class ResNetEncoder(nn.Module):
             feats.append(x)
         return feats
 
-# %% ../../nbs/20_nets.unet.ipynb #e3a984b7
+# %% ../../nbs/20_nets.unet.ipynb #1a79e956
+def merged_kernel(
+    grow,   # `nn.ConvTranspose` k2 s2, or `nn.Upsample` nearest ×2
+    c3,     # the convolution behind it, k3 p1
+):          # `(in, out, 4, ..)`: weights of the transposed convolution k4 s2 p1 that is both
+    "Up-sampling and the convolution behind it as one kernel."
+    dims = c3.weight.ndim-2; w = c3.weight.flip([i+2 for i in range(dims)]).transpose(0, 1)
+    if isinstance(grow, nn.Upsample): M = w
+    else:
+        U = grow.weight.flatten(2).transpose(1, 2)                                   # (in, corners, middle)
+        M = (U@w.flatten(1)).view(len(U), *[2]*dims, *w.shape[1:])
+    for axis in range(dims):                                                         # corner 0 or 1 of `grow` shifts the three taps by as much
+        near,far = (M, M) if isinstance(grow, nn.Upsample) else M.unbind(1)
+        last = [0]*2*(dims-1-axis)
+        M = F.pad(near, (*last, 0, 1)) + F.pad(far, (*last, 1, 0))
+    return M
+
+# %% ../../nbs/20_nets.unet.ipynb #c9bf08d2
+def seen_bias(
+    grow,   # transposed convolution with a bias
+    c3,     # the convolution behind it
+):          # `(out, 3, ..)`: first voxel, middle, last
+    "The bias of `grow` as `c3` sees it, zero padding at the border included."
+    dims = c3.weight.ndim-2
+    return (F.conv2d if dims == 2 else F.conv3d)(grow.bias.view(1,-1,*[1]*dims).expand(-1,-1,*[3]*dims), c3.weight, padding=1)[0]
+
+def regions(
+    size,   # spatial size, every side at least 2
+):          # pairs: index into the table of three values per axis, slices of the volume; the middle is left out
+    "The rim of a volume in pieces: corners, edges, faces."
+    parts = [((0, slice(0,1)), (1, slice(1,n-1)), (2, slice(n-1,n))) for n in size]
+    return [([k for k,_ in p], (slice(None), slice(None), *[s for _,s in p])) for p in product(*parts) if any(k != 1 for k,_ in p)]
+
+class AddRim(torch.autograd.Function):
+    "Add a table `(C, 3, ..)` to the rim of a volume, in place: backward sums over the rim alone."
+    @staticmethod
+    def forward(ctx, x, table):
+        ctx.mark_dirty(x); ctx.like = table
+        for k,where in regions(x.shape[2:]): x[where] += table[(slice(None), *k)].to(x.dtype).view(-1, *[1]*(x.ndim-2))
+        return x
+    @staticmethod
+    def backward(ctx, g):
+        t = torch.zeros_like(ctx.like)
+        for k,where in regions(g.shape[2:]): t[(slice(None), *k)] = g[where].sum((0, *range(2, g.ndim)))
+        return g, t
+
+# %% ../../nbs/20_nets.unet.ipynb #0246dacb
+def worth_merging(
+    grow, c3,
+    voxels:int,  # coarse voxels of all passes together
+)->bool:
+    "Counted in multiplications: making the kernel, thrice as dear because it moves memory, must cost less than it saves."
+    i,o,d = c3.in_channels,c3.out_channels,c3.weight.ndim-2
+    plain = isinstance(grow, nn.Upsample)
+    direct = voxels*2**d*(3**d*i*o + (0 if plain else i*i))
+    return voxels*4**d*i*o + (0 if plain else 3*6**d*i*i*o) < direct
+
+def grow_merged(
+    grow, c3,
+    x,      # coarse features
+    M,      # `merged_kernel(grow, c3)`
+):          # what `c3(grow(x))` is
+    "One transposed convolution, and the rim set right."
+    up = F.conv_transpose2d if x.ndim == 4 else F.conv_transpose3d
+    if getattr(grow, 'bias', None) is None: return up(x, M, c3.bias, stride=2, padding=1)
+    with torch.autocast(x.device.type, enabled=False): t = seen_bias(grow, c3)
+    mid = t[(slice(None), *[1]*(x.ndim-2))]
+    return AddRim.apply(up(x, M, mid if c3.bias is None else c3.bias + mid, stride=2, padding=1), t - mid.view(-1, *[1]*(x.ndim-2)))
+
+# %% ../../nbs/20_nets.unet.ipynb #074f2f35
 class PyramidDecoder(nn.Module):
     "From the bottleneck back to full size without lateral connections; all levels, coarse to fine, and the final map."
     def __init__(self,
@@ -182,9 +253,10 @@ class PyramidDecoder(nn.Module):
         norm:str='batch',
         sigmoid:bool=False,   # bound the final map to (0, 1); only for targets in [0, 1]
         widths:tuple|None=None, # channels per level, coarse to fine; None: halved each time
+        merge:bool=True,      # up-sampling and the convolution behind it in one, where that is less work
     ):
         super().__init__()
-        self.dims,self.width,stride,self.sigmoid = encoder.dims,encoder.widths[-1],encoder.strides[-1],sigmoid
+        self.dims,self.width,stride,self.sigmoid,self.merge = encoder.dims,encoder.widths[-1],encoder.strides[-1],sigmoid,merge
         n = stride.bit_length()-1
         if 2**n != stride or not n: raise UserError(f'the encoder has a total stride of {stride}', 'a power of two, at least 2')
         self.widths = tuple(max(1, self.width >> i+1) for i in range(n)) if widths is None else tuple(widths)
@@ -198,15 +270,28 @@ class PyramidDecoder(nn.Module):
             inp = w
         self.final = conv(self.dims, inp, out_channels, 1) if bias else conv(self.dims, inp, out_channels, 3, padding=1)
         init_weights(self)
+    def kernels(self,
+        voxels:int,        # of the bottleneck, over all passes that will use them
+    )->list:               # one per level: a merged kernel, or None
+        "Made once, used by every pass of a step."
+        out = []
+        for grow,(c3,*_),_ in self.levels:
+            ok = self.merge and worth_merging(grow, c3, voxels)
+            with torch.autocast(c3.weight.device.type, enabled=False): out.append(merged_kernel(grow, c3) if ok else None)
+            voxels *= 2**self.dims
+        return out
     def pyramid(self,
         x,                 # bottleneck `(B, C, *s)`
         depth:int|None=None, # how many levels; None: all
+        kernels:list|None=None, # from `kernels`, where several passes share them
     )->list:               # `(B, widths[i], *s·2^(i+1))`, coarse to fine
         "Decoder features; stops after `depth` levels."
         if not torch.is_tensor(x): raise UserError(f'the decoder was given a {type(x).__name__}', 'the bottleneck alone, `encoder(x)[-1]`')
         if x.ndim != self.dims+2 or x.shape[1] != self.width: raise UserError(f'the bottleneck has shape {tuple(x.shape)}', f'(B, {self.width}, {"d, h, w" if self.dims == 3 else "h, w"})')
         out = []
-        for level in self.levels[:depth]: out.append(x := level(x))
+        for (grow,first,second),M in zip(self.levels[:depth], kernels or self.kernels(x[:,0].numel())):
+            x = first(grow(x)) if M is None else first[1:](grow_merged(grow, first[0], x, M))
+            out.append(x := second(x))
         return out
     def restore(self, finest):
         "The final map from the finest level."
