@@ -602,7 +602,7 @@ def _number(v):
     try: return float(v)
     except (TypeError, ValueError): return None
 
-# %% ../../nbs/15_data.cases.ipynb #c58bba47
+# %% ../../nbs/15_data.cases.ipynb #c2835d38
 class Cases(torch.utils.data.Dataset):
     "Regions of prepared cases; the key is `(row index, seed)`."
     def __init__(self,
@@ -672,7 +672,7 @@ class Cases(torch.utils.data.Dataset):
             image = torch.zeros(len(self.channels), *region)
             for c,v in zip(have, x): image[(self.channels.index(c), *inner)] = v
         out = dict(image=image, present=torch.tensor([c in have for c in self.channels]), start=torch.tensor(start),
-                   valid=torch.tensor([[s.start for s in inner], [s.stop for s in inner]]), full=torch.tensor(full), spacing=torch.tensor(r['spacing'][-self.dims:], dtype=torch.float32), case=r['case'])
+                   valid=torch.tensor([[s.start for s in inner], [s.stop for s in inner]]), full=torch.tensor(full), spacing=torch.tensor(r['spacing'][-self.dims:], dtype=torch.float32), case=r['case'], subject=r['subject'])
         if self.seg:
             out['label'] = torch.zeros(1, *region, dtype=torch.int64)
             out['label'][(slice(None), *inner)] = torch.from_numpy(flat(read('.seg', None)))
@@ -690,14 +690,14 @@ class Cases(torch.utils.data.Dataset):
         pts = pts[int(u[1]*len(pts))]
         return place_region(full, region, gen, pts[int(u[2]*len(pts))][-self.dims:])
 
-# %% ../../nbs/15_data.cases.ipynb #3356eeb3
+# %% ../../nbs/15_data.cases.ipynb #628be038
 def collate(
     samples:list,   # of `Cases`
 )->dict:            # the batch of the contract
     "Stack samples; names stay a list."
     shapes = {tuple(s['image'].shape) for s in samples}
     if len(shapes) > 1: raise UserError(f'images of shapes {sorted(shapes)} in one batch', 'one shape', 'give a region, or use batches of one')
-    return {k: [s[k] for s in samples] if k == 'case' else torch.stack([s[k] for s in samples]) for k in samples[0]}
+    return {k: [s[k] for s in samples] if k in ('case','subject') else torch.stack([s[k] for s in samples]) for k in samples[0]}
 
 # %% ../../nbs/15_data.cases.ipynb #3636e049
 class StepSampler:

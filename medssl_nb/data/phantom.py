@@ -402,7 +402,7 @@ def best_threshold_dice(
         best = max(best, (2*np.cumsum(hit[order])/(np.arange(1, hit.size+1) + hit.sum())).max())
     return float(best)
 
-# %% ../../nbs/11_data.phantom.ipynb #068d3263
+# %% ../../nbs/11_data.phantom.ipynb #2dadeb65
 def unit(x, lo:float=.5, hi:float=99.5, floor:float=0.):
     "Percentiles of what is brighter than `floor`, to `[0, 1]`, clipped."
     v = x[x > floor]
@@ -422,7 +422,7 @@ def as_batch(
     full = torch.tensor(S).expand(B, -1).clone()
     x = torch.as_tensor(images, dtype=torch.float32)*present.view(B, M, *[1]*len(S))
     return dict(image=x, present=present, start=torch.zeros_like(full), valid=torch.stack([torch.zeros_like(full), full], 1), full=full,
-        spacing=torch.tensor(spacing or [1.]*len(S), dtype=torch.float32).expand(B, -1).clone(), case=[f'c-{prefix}{i:04d}' for i in range(B)], progress=0., **more)
+        spacing=torch.tensor(spacing or [1.]*len(S), dtype=torch.float32).expand(B, -1).clone(), case=[f'c-{prefix}{i:04d}' for i in range(B)], subject=[f's-{prefix}{i:04d}' for i in range(B)], progress=0., **more)
 
 def mpmri_phantom(
     n:int=2,                      # cases
