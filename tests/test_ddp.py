@@ -1,5 +1,11 @@
-"""Two processes under torchrun (gloo, CPU): the same weights in both, and those of one process with twice the batch."""
+"""Two processes under torchrun (gloo, CPU): the same weights in both, and those of one process with twice the batch; for each method, copied (DDP) and divided (FSDP2).
+
+What "the same" means here: methods are computed in float64, where weights after three steps agree to 1e-8 and the losses (kept as float32) to 1e-6; what is left is the order of sums. In float32 that
+order moves single gradients by up to 1e-4 of the largest, which says nothing about right or wrong. Where a method normalises over the batch, batch norm is shared between the processes. Not the same by nature, and so not compared: means over a *varying* number of values (weighted cross-entropy, masked errors with padding), where each process
+divides by its own number.
+"""
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,15 +24,97 @@ def settings(**k):
     return settings(steps=STEPS, optimizer="sgd", lr=0.5, accum=1, save_every=2, **k)
 
 
+METHODS = ("mae small3d", "mae small2d", "pcrlv2 small3d", "pcrlv2 small2d", "segment 3d", "segment 2d")
+
+
+def tiny(seed=0):
+    "The small task, with a moving average of a weight in a buffer, and one of the whole encoder in a teacher."
+    from test_resume import task
+
+    from medssl_nb.nets.heads import Teacher
+    from medssl_nb.train.trainer import whole
+
+    t = task(seed=seed, plain=True)
+    t.teacher = Teacher(t.encoder, 0.9)
+
+    def after_step(step):
+        t.slow.lerp_(whole(t.encoder.net[0].bias.detach()), 0.1)
+        t.teacher.update(t.encoder, step)
+
+    t.after_step = after_step
+    return t
+
+
+def strategies(name):
+    return ("ddp",) if name in ("mae small2d", "pcrlv2 small2d", "segment 3d") else ("ddp", "fsdp")  # some of each: they take their time
+
+
+def part(views, rank, world, n):
+    "The share of `n` cases that one process sees."
+    rows = slice(rank * n // world, (rank + 1) * n // world)
+
+    def cut(v):
+        if isinstance(v, list) and v and hasattr(v[0], "shape"):
+            return [cut(x) for x in v]
+        if not hasattr(v, "shape") or not v.ndim:
+            return v
+        return v.unflatten(0, (len(v) // n, n))[:, rows].flatten(0, 1)  # local views are view-major
+
+    return {k: cut(v) for k, v in views.items()}
+
+
+def method_steps(name, strategy="ddp", shared=True, steps=3):
+    "Three steps of a real method on views that are drawn for all four cases; this process takes its share of them."
+    import torch
+    from far import make
+
+    from medssl_nb.core import generator
+    from medssl_nb.train.trainer import TrainConfig, Trainer, make_fabric, whole
+
+    task, batch = make(*name.split())
+    batch["valid"][:, 0], batch["valid"][:, 1] = 0, batch["full"]  # no padding: see above
+    views = [task.views({**batch, "progress": s / 10, "step": s}, generator(0, s, 0, "views")) for s in range(steps)]
+    cast = lambda v: [cast(x) for x in v] if isinstance(v, list) else v.double() if torch.is_tensor(v) and v.is_floating_point() else v
+    views, task = [{k: cast(x) for k, x in v.items()} for v in views], task.double()
+    cfg = TrainConfig(steps=10, batch=4, optimizer="sgd", lr=0.02, momentum=0.0, device="cpu", strategy=strategy, sync_batchnorm=shared)
+    fabric, cfg = make_fabric(cfg)
+    task.views = lambda batch, gen: part(views[batch["step"]], fabric.global_rank, fabric.world_size, 4)
+    tr = Trainer(task, cfg, fabric)
+    rows = [tr.train_step([batch])[0] for _ in range(steps)]
+    divided = {k: [list(v.to_local().shape), list(v.shape)] for k, v in task.state_dict().items() if hasattr(v, "to_local")}
+    return rows, {k: whole(v).detach().clone() for k, v in task.state_dict().items()}, divided
+
+
+def nce_case():
+    import torch
+
+    from medssl_nb.core import generator
+
+    return [torch.randn(s, generator=generator(2, i)) for i, s in enumerate(((6, 5), (6, 5), (5, 5)))]
+
+
+def nce(rank, world=2):
+    "InfoNCE with negatives from both processes: value, and gradients of the features and of a shared weight."
+    from medssl_nb.losses.contrast import info_nce
+
+    f, g, w = nce_case()
+    n = len(f) // world
+    f, g = (x[rank * n : (rank + 1) * n].clone().requires_grad_() for x in (f, g))
+    w = w.requires_grad_()
+    loss = info_nce(f @ w, g @ w, 0.5)
+    loss.backward()
+    return dict(loss=loss.item(), f=f.grad.tolist(), g=g.grad.tolist(), w=w.grad.tolist())
+
+
 def main(root):
     "What each process runs: train, compare weights, resume, and stop together on one bad batch."
     import hashlib
+    from dataclasses import replace
 
     import torch
     import torch.distributed as dist
     from test_resume import cases, task
 
-    from medssl_nb.core import UserError
     from medssl_nb.train.trainer import NonFinite, train
 
     torch.set_num_threads(1)
@@ -54,10 +142,23 @@ def main(root):
         said["stopped"] = str(e)
     said["bad"] = digest(t)
 
-    try:
-        train(task(plain=True), data, settings(batch=2, sync_batchnorm=True), root / "sync", method="tiny")
-    except UserError as e:
-        said["sync"] = str(e)
+    fsdp = settings(batch=2, strategy="fsdp", clip=0.5)
+    train(tiny(rank), data, fsdp, root / "fsdp", method="tiny")
+    train(tiny(rank), data, replace(fsdp, max_minutes=0.0), root / "cut", method="tiny")  # one step
+    dist.barrier()
+    train(tiny(7 + rank), data, fsdp, root / "cut", method="tiny")
+    adamw = settings(batch=2, strategy="fsdp")
+    train(tiny(rank), data, replace(adamw, optimizer="adamw", lr=1e-3, accum=2), root / "adamw", method="tiny")
+
+    for name in METHODS:
+        for strategy in strategies(name):
+            rows, weights, _ = method_steps(name, strategy=strategy)
+            said[f"{name} {strategy}"] = rows
+            if rank == 0:
+                torch.save(weights, root / f"{name} {strategy}.pt")
+    said["alone"] = method_steps("pcrlv2 small2d", shared=False)[0]  # what un-shared statistics give
+    said["divided"] = method_steps("mae small3d", strategy="fsdp")[2]
+    said["nce"] = nce(rank)
     (root / f"said_{rank}.json").write_text(json.dumps(said))
     dist.barrier()
     dist.destroy_process_group()
@@ -71,7 +172,7 @@ def root(tmp_path_factory):
     prepared(root / "data")
     out = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(root)],
-        capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert out.returncode == 0, out.stderr[-4000:]
     return root
@@ -118,8 +219,6 @@ def test_one_bad_batch_stops_both_before_a_weight_moves(root):
 
 
 def test_replay_shows_the_culprit_and_the_innocent(root):
-    import math
-
     from test_resume import task
 
     from medssl_nb.train.trainer import replay
@@ -130,8 +229,108 @@ def test_replay_shows_the_culprit_and_the_innocent(root):
     assert repr(replay(dump, task(9, plain=True), rank=0)[0]["recon"]) == want
 
 
-def test_synchronised_batch_norm_needs_a_gpu(root):
-    assert "sync_batchnorm on cpu" in said(root, 0)["sync"]
+@pytest.fixture(scope="module")
+def alone():
+    "The same three steps in one process with all four cases."
+    return {name: method_steps(name) for name in METHODS}
+
+
+@pytest.mark.parametrize("name,strategy", [(n, s) for n in METHODS for s in strategies(n)])
+def test_a_method_in_two_processes_equals_itself_in_one(root, alone, name, strategy):
+    import torch
+
+    rows, weights, _ = alone[name]
+    two = said(root, 0)[f"{name} {strategy}"]
+    assert two == said(root, 1)[f"{name} {strategy}"]
+    for a, b in zip(rows, two):
+        assert abs(a["loss"] - b["loss"]) < 1e-6 * max(1, abs(a["loss"])), (a, b)
+        assert abs(a["grad_norm"] - b["grad_norm"]) < 1e-6 * a["grad_norm"], (a, b)
+    got = torch.load(root / f"{name} {strategy}.pt", weights_only=True)
+    assert got.keys() == weights.keys()
+    for k, w in weights.items():
+        assert (w.double() - got[k].double()).abs().max() < 1e-8, k
+    assert all(r["grad_norm"] > 0.1 for r in rows) and rows[0]["lr"] == 0.02, "nothing moved: the comparison says nothing"
+
+
+def test_statistics_that_are_not_shared_give_other_numbers(root, alone):
+    "The comparison above can fail."
+    rows, un = alone["pcrlv2 small2d"][0], said(root, 0)["alone"]
+    assert abs(rows[0]["loss"] - un[0]["loss"]) > 1e-3
+
+
+def test_negatives_from_both_processes_in_value_and_gradient(root):
+    import torch
+
+    from medssl_nb.losses.contrast import info_nce
+
+    f, g, w = (x.requires_grad_() for x in nce_case())
+    loss = info_nce(f @ w, g @ w, 0.5)
+    loss.backward()
+    a, b = (said(root, r)["nce"] for r in (0, 1))
+    assert (a["loss"] + b["loss"]) / 2 == pytest.approx(loss.item(), abs=1e-6)
+    assert a["loss"] != b["loss"]
+    # a process's gradient is that of the sum of both losses; the mean is half of it
+    for name, grad in (("f", f.grad), ("g", g.grad)):
+        assert torch.allclose(torch.tensor(a[name] + b[name]) / 2, grad, atol=1e-6), name
+    assert torch.allclose((torch.tensor(a["w"]) + torch.tensor(b["w"])) / 2, w.grad, atol=1e-6)
+
+
+def test_divided_weights_are_divided(root):
+    "Each process holds half of every weight, and the two halves are not the same half."
+    shapes = [said(root, r)["divided"] for r in (0, 1)]
+    assert len(shapes[0]) > 20
+    held, full = (sum(math.prod(v[i]) for v in shapes[0].values()) for i in (0, 1))
+    assert held < 0.55 * full
+
+
+def test_a_divided_run_is_the_copied_run_and_its_checkpoint_is_whole(root, tmp_path):
+    import torch
+    from test_resume import cases
+
+    from medssl_nb.core import read_jsonl
+    from medssl_nb.train.checkpoint import latest, read_tensors
+    from medssl_nb.train.trainer import train
+
+    one = train(tiny(), cases(root / "data"), settings(batch=4, clip=0.5), tmp_path / "one", method="tiny")
+    rows = read_jsonl(root / "fsdp" / "history.jsonl")
+    for a, b in zip(one, rows, strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-6 and abs(a["grad_norm"] - b["grad_norm"]) < 1e-5
+    a, b = (read_tensors(latest(d) / "model.safetensors") for d in (tmp_path / "one", root / "fsdp"))
+    assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
+    assert (b["teacher.module.net.0.weight"] - b["encoder.net.0.weight"]).abs().max() > 1e-4 and b["slow"].abs().max() > 0
+    assert (root / "fsdp" / "encoder" / "encoder.safetensors").is_file()
+
+
+def test_a_divided_run_continues_bit_for_bit(root):
+    from medssl_nb.train.checkpoint import latest
+
+    a, b = (latest(root / d) for d in ("fsdp", "cut"))
+    assert a.name == b.name == f"step_{STEPS:08d}"
+    for f in ("model.safetensors", "optimizer.safetensors"):
+        assert (a / f).read_bytes() == (b / f).read_bytes(), f
+
+
+@pytest.mark.parametrize("run", ["fsdp", "adamw"])
+def test_a_divided_run_continues_in_one_process(root, tmp_path, run):
+    "From step 2 on, with all cases in one process."
+    import shutil
+    from dataclasses import replace
+
+    import torch
+    from test_resume import cases
+
+    from medssl_nb.train.checkpoint import latest, read_tensors
+    from medssl_nb.train.trainer import train
+
+    shutil.copytree(root / run, tmp_path / run)
+    shutil.rmtree(tmp_path / run / "checkpoints" / f"step_{STEPS:08d}")
+    shutil.rmtree(tmp_path / run / "encoder")
+    cfg = settings(batch=4, clip=0.5) if run == "fsdp" else replace(settings(batch=4), accum=2, optimizer="adamw", lr=1e-3)
+    rows = train(tiny(5), cases(root / "data"), cfg, tmp_path / run, method="tiny", resume="force")
+    assert len(rows) == STEPS
+    for f in ("model.safetensors", "optimizer.safetensors"):
+        a, b = (read_tensors(latest(d) / f) for d in (root / run, tmp_path / run))
+        assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=2e-6) for k in a), f
 
 
 if __name__ == "__main__":
