@@ -384,7 +384,7 @@ def spread(f, xs, what, cfg):
     from tqdm import tqdm
     with tqdm(total=len(xs), desc=what, disable=not cfg.progress, leave=False) as bar: return guarded(f, xs, cfg.workers, cfg.timeout, bar.update)
 
-# %% ../../nbs/16_data.ingest.ipynb #f50fd168
+# %% ../../nbs/16_data.ingest.ipynb #343d0409
 TEXT_COLUMNS = ('text', 'report', 'findings', 'impression')
 
 def read_table(
@@ -393,10 +393,10 @@ def read_table(
     "A CSV or TSV with a header; comma, semicolon or tab."
     try: text = Path(path).read_text(encoding='utf-8-sig')
     except UnicodeDecodeError: text = Path(path).read_text(encoding='latin-1')
-    except OSError: raise UserError(f'no table at {path}') from None
+    except OSError: raise ReadError('no table there', kind='missing', name=str(path)) from None
     head = text.partition('\n')[0]
     rows = list(csv.DictReader(text.splitlines(keepends=True), delimiter=max(',;\t', key=head.count)))
-    if not rows: raise UserError(f'{path} has no rows below its header')
+    if not rows: raise ReadError('the table has no rows below its header', kind='empty', name=str(path))
     return [{(k or '').strip(): (v if isinstance(v, str) else '').strip() for k,v in r.items()} for r in rows]
 
 @lru_cache(maxsize=2)
@@ -660,7 +660,7 @@ def not_ours(p):
     "A problem where a file holds images that cannot be read here."
     return next((Problem([p], 'format', why) for ends,why in UNKNOWN.items() if Path(p).name.lower().endswith(ends)), None)
 
-# %% ../../nbs/16_data.ingest.ipynb #eea6c5a5
+# %% ../../nbs/16_data.ingest.ipynb #0e63fca2
 def find_items(
     cfg,         # `IngestConfig`
 )->tuple:        # items, problems, the layout that was used, the folder where names begin
@@ -688,7 +688,11 @@ def find_items(
     for f,find in (('npz', find_npz), ('text', find_text), ('csv', find_text)):
         for p in by.get(f, []) if f in formats else ():
             if re.match(r'(readme|licen[cs]e|notice|changes)', p.name.lower()): continue
-            new,more = find(p, cfg); items += new; problems += more
+            try: new,more = find(p, cfg)
+            except ReadError as e:
+                if p == src: raise                               # the one file that was asked for; else its neighbours go on
+                new,more = [],[Problem([p], e.kind, e.reason)]
+            items += new; problems += more
     if cfg.label_dir: new,more = find_label_dir(cfg, items); items += new; problems += more
     used = {p for x in (*items, *problems) for p in x.paths}
     problems += [Problem([p], 'ignored', why_ignored(p), 'warning') if not (o := not_ours(p)) else o for p in files if p not in used]
