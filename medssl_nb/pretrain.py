@@ -5,20 +5,23 @@
 # %% auto #0
 __all__ = ['T', 'PretrainConfig', 'train_defaults', 'settings', 'fingerprint', 'choose_cases', 'pretrain', 'normalisation']
 
-# %% ../nbs/59_pretrain.ipynb #5e9226fe
+# %% ../nbs/59_pretrain.ipynb #415729c0
 import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
-from .core import UserError, choose
+import torch
+
+from .config import read_yaml
+from .core import UserError, choose, seed_of
 from .data.cases import Cases, Prepared, class_list, text_table
 from .tasks.supervised import card_norm
 from .tasks.registry import METHODS, PRESETS, load_task, task_config
 from .train.trainer import TrainConfig, train
 
-# %% ../nbs/59_pretrain.ipynb #a380b71f
+# %% ../nbs/59_pretrain.ipynb #095eaec6
 T = TypeVar('T')
 
 @dataclass
@@ -33,6 +36,7 @@ class PretrainConfig(Generic[T]):
     dims:int|None=None           # 2 or 3; None: what the method needs
     group:tuple[str,...]|None=None     # only cases of these groups
     leave_out:tuple[str,...]=('test',) # splits that must not be seen
+    resume:Literal['auto','must','force','never']='auto'  # force: continue although settings differ
     train:TrainConfig=field(default_factory=TrainConfig)  # the loop
 
 def train_defaults(
@@ -51,13 +55,10 @@ def settings(
     words:list,   # of the command line, after `medssl pretrain`
 )->tuple:         # a `PretrainConfig` with the settings of the method that was named, and the words
     "Defaults that fit the method named in the line or in the file."
-    import yaml
     word = lambda n: next((words[i+1] for i,w in enumerate(words[:-1]) if w == f'--{n}'), next((w.split('=', 1)[1] for w in words if w.startswith(f'--{n}=')), None))
     file,text = word('config'),{}
     if file:
-        if not Path(file).is_file(): raise UserError(f'no settings file at {file}')
-        try: text = yaml.safe_load(Path(file).read_text()) or {}
-        except yaml.YAMLError as e: raise UserError(f'{file} is not readable YAML ({e})') from None
+        text = read_yaml(file) or {}
         if not isinstance(text, dict): raise UserError(f'{file} is not a list of settings', 'name: value lines')
     name = choose(word('method') or text.get('method', 'pcrlv2'), METHODS, 'method')
     preset = choose(word('preset') or text.get('preset', '3d'), PRESETS, 'preset')
@@ -91,14 +92,17 @@ def choose_cases(
     if not rows: raise UserError('every case is left out', 'cases to learn from', '--leave-out with fewer splits')
     return rows
 
-# %% ../nbs/59_pretrain.ipynb #33f15c41
+# %% ../nbs/59_pretrain.ipynb #224993ac
 def pretrain(
     cfg:PretrainConfig,
 )->dict:            # `out`: the run folder; `history`: rows
     "Prepared volumes -> a run with checkpoints and an encoder."
     if cfg.data is None: raise UserError('no data', 'a prepared folder', 'medssl pretrain PREPARED -o runs/NAME')
     if cfg.out is None: raise UserError('no place to write', '--out runs/NAME')
-    task,prepared = load_task(cfg.method, cfg.task),Prepared(cfg.data)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(cfg.train.seed, 0, 0, 'weights'))      # the first weights follow from the seed, whatever was drawn before
+        task = load_task(cfg.method, cfg.task)
+    prepared = Prepared(cfg.data)
     dims = len(task.region)
     if cfg.dims not in (None, dims): raise UserError(f'--dims {cfg.dims} with preset {cfg.preset!r}', f'{dims}', 'choose the preset that fits')
     rows = choose_cases(prepared, dims, cfg)
@@ -108,7 +112,7 @@ def pretrain(
           f'{sum(p.numel() for p in task.encoder.parameters()):,} encoder parameters, {cfg.train.steps} steps of {cfg.train.batch*cfg.train.accum} cases')
     # the network sees a share of a case's channels or all of them: both belong to the encoder's description
     card = dict(data=facts, preset=cfg.preset, input=card_norm(vars(task.cfg)), normalisation=normalisation(prepared, rows), channels_seen=list(cases.channels), left_out=list(cfg.leave_out))
-    history = train(task, cases, cfg.train, cfg.out, method=cfg.method, card=card, config=cfg)
+    history = train(task, cases, cfg.train, cfg.out, method=cfg.method, card=card, resume=cfg.resume, config=cfg)
     return dict(out=Path(cfg.out), history=history, task=task)
 
 def normalisation(prepared, rows)->dict:
