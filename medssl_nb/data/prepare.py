@@ -373,9 +373,11 @@ def only_one(
         try: yield token
         finally: say('')
 
-# %% ../../nbs/17_data.prepare.ipynb #9b162ada
+# %% ../../nbs/17_data.prepare.ipynb #d0bea9e4
 LOCAL = {'distributed.scheduler.allowed-failures': 0, 'distributed.worker.memory.target': False, 'distributed.worker.memory.spill': False,
-         'distributed.worker.memory.pause': False, 'distributed.worker.memory.terminate': .95, 'distributed.comm.timeouts.connect': '60s'}
+         'distributed.worker.memory.pause': False, 'distributed.worker.memory.terminate': .95, 'distributed.comm.timeouts.connect': '60s',
+         'distributed.scheduler.http.routes': [], 'distributed.worker.http.routes': [], 'distributed.nanny.http.routes': [],        # no pages about us for others on this machine
+         'distributed.worker.preload': ['import signal\ndef dask_setup(worker): signal.signal(signal.SIGINT, signal.SIG_IGN)\n']}   # the keyboard speaks to the master alone
 
 @contextmanager
 def team(
@@ -396,7 +398,8 @@ def team(
     try: limit = parse_bytes(cfg.memory) if cfg.memory else int(.9*MEMORY_LIMIT/workers)
     except ValueError: raise UserError(f'memory {cfg.memory!r}', 'a size such as 4GiB') from None
     with dask.config.set(LOCAL):
-        try: cluster = LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, host='127.0.0.1', dashboard_address=None, memory_limit=limit, silence_logs=logging.CRITICAL + 1)
+        try: cluster = LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, host='127.0.0.1', dashboard_address=None, memory_limit=limit, silence_logs=logging.CRITICAL + 1,
+                                    scheduler_kwargs=dict(dashboard=False, dashboard_address='127.0.0.1:0'))       # else Dask opens port 8787 to the world
         except RuntimeError as e: raise UserError(f'the worker processes did not start ({type(e).__name__})', '', "in a script, put the call under `if __name__ == '__main__':`; or use workers=0") from e
         with cluster, Client(cluster, set_as_default=False) as client: yield client
 
@@ -593,7 +596,7 @@ def prepare(
     print(report(summary, problems))
     return summary
 
-# %% ../../nbs/17_data.prepare.ipynb #c573f938
+# %% ../../nbs/17_data.prepare.ipynb #780eb6ef
 def _check(cfg):
     "What can be refused before anything is read."
     for m in cfg.modalities or (): choose(m, MODALITIES, 'modality')
@@ -618,7 +621,7 @@ def _announce(plan, need, workers):
 
 def _results(plan, workers, token):
     "In this process, or from Dask."
-    groups = plan.groups(workers)
+    groups = plan.groups(16 if plan.cfg.scheduler else workers)
     if not workers and not plan.cfg.scheduler:
         for jobs in groups: yield from prepare_group(jobs, plan.cfg, plan.out, token)
         return
