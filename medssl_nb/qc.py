@@ -273,13 +273,14 @@ def strangers(
     sure = lambda l: agree.get(l, 0) >= need
     return [(r, str(next(iter(v)))) for r,l,v in zip(mine, label, votes) if len(v) == 1 and sum(v.values()) == k and l not in v and sure(l) and sure(next(iter(v)))],{str(l): a for l,a in agree.items()}
 
-# %% ../nbs/85_qc.ipynb #e2142500
-ABOUT = {'spacing, finest': (1.5, 'mm'), 'spacing, coarsest': (1.5, 'mm'), 'field of view, shortest side': (2., 'mm'), 'field of view, longest side': (2., 'mm'), 'range of intensities': (10., '')}   # smallest factor, unit
+# %% ../nbs/85_qc.ipynb #b1f72e56
+ABOUT = {'spacing, finest': (1.5, 'mm'), 'spacing, coarsest': (1.5, 'mm'), 'field of view, shortest side': (2., 'mm'), 'field of view, longest side': (2., 'mm'), 'shortest side': (2., 'pixels'), 'longest side': (2., 'pixels'), 'range of intensities': (10., '')}   # smallest factor, unit
 
 def measures(r)->dict:
     "What is compared."
     s,n = np.array(r['entry']['spacing'], float),np.array(r['entry']['shape'], float); keep = slice(None) if r['dims'] == 3 else slice(1, None); side = (s*n)[keep]; q = r['look'].get('q')
     out = {'spacing, finest': s[keep].min(), 'spacing, coarsest': s[keep].max(), 'field of view, shortest side': side.min(), 'field of view, longest side': side.max()}
+    if r['entry']['format'] in ('image', 'npz'): out = {'shortest side': n[keep].min(), 'longest side': n[keep].max()}      # pictures do not know millimetres
     return out | ({'range of intensities': q[11] - q[1]} if q and q[11] > q[1] else {})
 
 def outliers(
@@ -369,7 +370,7 @@ def picture_case(
         pics.append(planes(v, window, lab if not pics else None, at if at is None or v.data.shape[1:] == lab.shape else None)); names.append(m)
     return (mosaic(pics) if pics else None),names
 
-# %% ../nbs/85_qc.ipynb #a0364086
+# %% ../nbs/85_qc.ipynb #2a0f78ae
 ADVICE = {   # kind of problem -> what to do
     'unreadable': 'open the file in a viewer; fetch or export it again', 'truncated': 'the transfer broke off: fetch the file again', 'missing': 'a table or list names a file that is not there', 'empty': 'nothing to use', 'changed': 'the file is not the one that was ingested: ingest again',
     'crashed': 'the decoder died, twice: convert the file with another program', 'hanging': 'the decoder did not come back: convert the file with another program', 'memory': 'fewer workers, or a machine with more memory',
@@ -390,9 +391,9 @@ h1{font-size:1.7rem;margin:.5rem 0 0}h2{font-size:1.25rem;margin:2.4rem 0 .4rem;
 .lead,figcaption,caption,.soft{color:var(--soft)}nav ul{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;padding:0}
 .cards{display:flex;flex-wrap:wrap;gap:.6rem;padding:0;list-style:none}.cards li{border:1px solid var(--line);border-radius:.4rem;padding:.4rem .9rem;min-width:7rem}.cards b{display:block;font-size:1.35rem;font-variant-numeric:tabular-nums}
 .bad{color:var(--bad)}.warn{color:var(--warn)}.good{color:var(--good)}.note{border-left:4px solid #c58a1c;background:#fdf7e9;padding:.5rem .9rem;margin:1rem 0}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.88rem;margin:.4rem 0 1rem}caption{text-align:left;font-size:.88rem;padding:.2rem 0}th,td{padding:.22rem .65rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.88rem;margin:.4rem 0 1rem}caption{text-align:left;font-size:.88rem;padding:.2rem 0}td code,.kind{white-space:nowrap}th,td{padding:.22rem .65rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 th{background:#f4f4f7;white-space:nowrap}th button{all:unset;cursor:pointer;text-decoration:underline dotted}th button:focus-visible,a:focus-visible,summary:focus-visible{outline:2px solid var(--link)}td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-code{background:#f1f1f5;border-radius:3px;padding:0 .25em;font-size:.92em}.sheet{display:flex;flex-wrap:wrap;gap:1rem;align-items:flex-start}figure{margin:0}.sheet figure{border:1px solid var(--line);border-radius:.4rem;padding:.5rem;max-width:22rem}.sheet img{display:block;max-width:100%;background:#181818}
+code{background:#f1f1f5;border-radius:3px;padding:0 .25em;font-size:.92em}.sheet{display:grid;grid-template-columns:repeat(auto-fill,minmax(17.5rem,1fr));gap:1rem;align-items:start}figure{margin:0}.sheet figure{border:1px solid var(--line);border-radius:.4rem;padding:.5rem}.sheet img{display:block;max-width:100%;background:#181818}
 figcaption{font-size:.8rem;margin-top:.3rem}.hists{display:flex;flex-wrap:wrap;gap:1rem}details{margin:.2rem 0}summary{cursor:pointer}input{font:inherit;padding:.2rem .5rem}.pager{display:flex;gap:.7rem;align-items:center;flex-wrap:wrap}.pager button{font:inherit}
 @media print{nav,.pager,.skip{display:none}}
 '''
@@ -429,7 +430,7 @@ def table(
     if not rows: return ''
     return f'<div class="wide"><table{" class=s" if sort and len(rows) > 1 else ""}><caption>{E(caption)}</caption><thead><tr>' + ''.join(f'<th scope="col">{E(c)}</th>' for c in columns) + '</tr></thead><tbody>' + ''.join('<tr>' + ''.join(map(cell, r)) + '</tr>' for r in rows) + '</tbody></table></div>'
 
-# %% ../nbs/85_qc.ipynb #7dc790b9
+# %% ../nbs/85_qc.ipynb #67f652ca
 def shown(text)->str:
     "A word of the user, unless it could tell who."
     return '(hidden)' if identifying(text) else str(text)
@@ -443,8 +444,9 @@ def problem_section(problems, what='file', examples:int=5)->str:
         c = Counter(p['reason'] for p in ps).most_common()
         most = ''.join(f'<li>{E(r)}{f" ({n})" if n > 1 else ""}</li>' for r,n in c[:8]) + (f'<li>… and {len(c)-8} other wordings</li>' if len(c) > 8 else '')
         return ('html', f'<details><summary>{E(c[0][0])}</summary><ul>{most}</ul></details>' if len(c) > 1 else E(c[0][0]))
-    ids = lambda ps: ('html', ' '.join(f'<code>{E(p.get(what, p.get("file", "")))}</code>' for p in ps[:examples]) + (' …' if len(ps) > examples else ''))
-    rows = [[('html', f'<span class="{"warn" if mild else "bad"}">{"warning" if mild else "error"}</span>'), kind, len(ps), why(ps), ADVICE.get(kind, 'see the reason'), ids(ps)] for (mild,kind),ps in sorted(by.items(), key=lambda t: (t[0][0], -len(t[1])))]
+    each = lambda ps: list(dict.fromkeys(p.get(what, p.get('file', '')) for p in ps))
+    ids = lambda ps: ('html', ' '.join(f'<code>{E(i)}</code>' for i in each(ps)[:examples]) + (' …' if len(each(ps)) > examples else ''))
+    rows = [[('html', f'<span class="{"warn" if mild else "bad"}">{"warning" if mild else "error"}</span>'), ('html', f'<span class="kind">{E(kind)}</span>'), len(ps), why(ps), ADVICE.get(kind, 'see the reason'), ids(ps)] for (mild,kind),ps in sorted(by.items(), key=lambda t: (t[0][0], -len(t[1])))]
     return table('An error means that the file is not used; a warning means that it is, or that nothing was lost.', ['', 'kind', 'how many', 'why', 'what to do', 'for example'], rows)
 
 def copy_section(found, looked:int, total:int, most:int=100)->str:
@@ -465,8 +467,10 @@ def doubt_section(found, knows, looked:int, most:int=200)->str:
 def outlier_section(found, mixed, most:int=200)->str:
     text = ''.join(f'<p class="warn">{E(m)}: no usual value of {E(what)} ({share:.0%} of the images are far from the median); the collection is mixed.</p>' for m,what,share in mixed)
     if not found: return text + '<p class="good">No image is far from the others of its modality.</p>'
-    rows = [[('html', f'<code>{E(o["row"]["case"])}</code>'), o['row']['modality'], o['what'], ('html', E(f'{o["value"]:.4g} {o["unit"]}')), ('html', E('' if o['usual'] is None else f'{o["usual"]:.4g} {o["unit"]}'))] for o in found[:most]]
-    return text + table(f'{len(found)} value{"s" * (len(found) > 1)} far from the median of the modality' + (f'; the first {most} are shown' if len(found) > most else ''), ['case', 'modality', 'what', 'value', 'usual'], rows)
+    by = {}
+    for o in found: by.setdefault((o['row']['case'], o['row']['modality']), []).append(f'{o["what"]} {o["value"]:.4g} {o["unit"]}'.strip() + ('' if o['usual'] is None else f' (usual {o["usual"]:.4g})'))
+    rows = [[('html', f'<code>{E(c)}</code>'), m, ('html', '<br>'.join(map(E, w)))] for (c,m),w in list(by.items())[:most]]
+    return text + table(f'{len(by)} image{"s" * (len(by) > 1)} far from the median of the modality' + (f'; the first {most} are shown' if len(by) > most else ''), ['case', 'modality', 'what'], rows)
 
 # %% ../nbs/85_qc.ipynb #d3e92d9f
 def curve(
@@ -566,7 +570,7 @@ def picture_section(man, cfg, remarks)->str:
     marked = len({c for c,_ in remarks} & {r['case'] for r in rows})
     return f'<p class="soft">{len(rows):,} of {total:,} cases' + (f', {marked} of them because of a remark, the others spread evenly' if len(rows) < total else '') + ' (<code>--cases</code>). Planes through the middle, or through the largest part of the segmentation (in colour): axial, coronal, sagittal, in true proportions, the patient\'s right on the left. CT: -160 to 240 HU; others from the 0.5th to the 99.5th percentile.</p><div class="sheet">' + ''.join(out) + '</div>'
 
-# %% ../nbs/85_qc.ipynb #b27b8cd6
+# %% ../nbs/85_qc.ipynb #edb4a5b6
 SECTIONS = dict(problems='Problems', copies='Copies', labels='Labels that may be wrong', outliers='Outliers', pictures='Pictures', intensities='Intensities', forms='Shape, spacing, storage', classes='Labels and reports', prepared='Prepared')
 
 NOT_DONE = ('<p class="note"><b>What this page does not look for.</b> Text burned into pixels (names in the corner of an X-ray, scanned films), faces, names in the text of reports, and wrong segmentations. '
@@ -587,8 +591,8 @@ def page(
     remarks = {k: '; '.join(dict.fromkeys(v)) for k,v in remarks.items()}
     parts = dict(problems=problem_section(man.problems), copies=copy_section(twice, looked, len(rows)), labels=doubt_section(doubt, knows, looked), outliers=outlier_section(odd, mixed), pictures=picture_section(man, cfg, remarks), intensities=histogram_section(rows), forms=form_section(rows, remarks), classes=label_section(man))
     if cfg.prepared: parts['prepared'] = prepared_section(man, cfg.prepared)
-    errors = sum(p.get('severity') == 'error' for p in man.problems)
-    cards = [('cases', len(man.cases), ''), ('persons', len({r['subject'] for r in man.cases}), ''), ('images', len(rows), ''), ('errors', errors, 'bad' if errors else 'good'), ('warnings', len(man.problems) - errors, 'warn' if len(man.problems) > errors else 'good'), ('groups of copies', len(twice), 'bad' if twice else 'good'), ('doubtful labels', len(doubt), 'bad' if doubt else 'good'), ('outliers', len(odd), 'warn' if odd else 'good')]
+    n_odd = len({(o['row']['case'], o['row']['modality']) for o in odd}); errors = sum(p.get('severity') == 'error' for p in man.problems)
+    cards = [('cases', len(man.cases), ''), ('persons', len({r['subject'] for r in man.cases}), ''), ('images', len(rows), ''), ('errors', errors, 'bad' if errors else 'good'), ('warnings', len(man.problems) - errors, 'warn' if len(man.problems) > errors else 'good'), ('groups of copies', len(twice), 'bad' if twice else 'good'), ('doubtful labels', len(doubt), 'bad' if doubt else 'good'), ('outliers', n_odd, 'warn' if n_odd else 'good')]
     lead = f'{looked:,} of {len(rows):,} images were looked at voxel by voxel' + ('' if looked == len(rows) else '; the others could not be read, or were left out by --look') + '. Names are pseudonyms; at the site <code>medssl where MANIFEST f-...</code> (or <code>c-...</code>) says which file is meant.'
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>medssl qc</title><style>' + CSS + '</style></head><body><a class="skip" href="#main">to the content</a><header><h1>Quality of the collection</h1>'
         + f'<p class="lead">{lead}</p><ul class="cards">' + ''.join(f'<li><b class="{c}">{n:,}</b>{E(w)}</li>' for w,n,c in cards) + '</ul><nav aria-label="sections"><ul>' + ''.join(f'<li><a href="#{k}">{E(SECTIONS[k])}</a></li>' for k in parts) + '</ul></nav></header><main id="main">'
