@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['full', 'cosine_distance', 'siamese', 'gather_rows', 'info_nce', 'cross_correlation', 'spread', 'effective_rank']
 
-# %% ../../nbs/31_losses.contrast.ipynb #26db3856
+# %% ../../nbs/31_losses.contrast.ipynb #5288b9aa
 import torch
 import torch.nn.functional as F
 
 from ..core import UserError, check_shape
+from ..nets.heads import gather_all, processes
 
 # %% ../../nbs/31_losses.contrast.ipynb #2ef35dea
 def full(x):
@@ -38,30 +39,14 @@ def siamese(
     "Each view predicts the other: L_sim, symmetric, no negatives, no temperature."
     return (cosine_distance(p1, z2, each) + cosine_distance(p2, z1, each))/2
 
-# %% ../../nbs/31_losses.contrast.ipynb #e8531105
-class _Gather(torch.autograd.Function):
-    "All-gather whose gradient goes home: the sum of what every process says about my rows."
-    @staticmethod
-    def forward(ctx, x):
-        import torch.distributed as dist
-        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(rows, x.contiguous())
-        ctx.at = dist.get_rank()*len(x), len(x)
-        return torch.cat(rows)
-    @staticmethod
-    def backward(ctx, grad):
-        import torch.distributed as dist
-        grad = grad.contiguous(); dist.all_reduce(grad)
-        a,n = ctx.at
-        return grad[a:a+n]
-
+# %% ../../nbs/31_losses.contrast.ipynb #9bc89b6c
 def gather_rows(
     x,    # `(B, C)`, the same B on every process
 ):        # `(world*B, C)`, and the first row of this process in it
     "Rows of all processes, with gradient; the rows themselves when there is one process."
     import torch.distributed as dist
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1: return x, 0
-    return _Gather.apply(x), dist.get_rank()*len(x)
+    if processes() == 1: return x, 0
+    return gather_all(x).flatten(0, 1), dist.get_rank()*len(x)
 
 # %% ../../nbs/31_losses.contrast.ipynb #b24a44b5
 def info_nce(
