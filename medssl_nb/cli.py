@@ -10,7 +10,7 @@ import sys
 
 from .core import UserError, choose
 
-# %% ../nbs/90_cli.ipynb #793147a7
+# %% ../nbs/90_cli.ipynb #c69b323c
 COMMANDS = dict(
     samples =('medssl_nb.data.phantom',  'SamplesConfig',  'write_samples', 'out',  'write synthetic heads, CT, X-rays, tiles and reports to play with'),
     ingest  =('medssl_nb.data.ingest',   'IngestConfig',   'ingest',        'src',  'a folder of scans -> a manifest, and a list of problems'),
@@ -21,6 +21,7 @@ COMMANDS = dict(
     finetune=('medssl_nb.eval.transfer', 'FinetuneConfig', 'finetune',      'data', 'an encoder against its scratch twin, with few labels, seeds and intervals'),
     probe   =('medssl_nb.eval.transfer', 'ProbeConfig',    'probe',         'data', 'a frozen encoder, judged by a linear head'),
     export  =('medssl_nb.export',        'ExportConfig',   'export',        'encoder', 'an encoder -> MONAI, nnU-Net, or a verified copy'),
+    doctor  =('medssl_nb.doctor',        'DoctorConfig',   'doctor',        'manifest', 'what is wrong with this machine, and what to do about it'),
     demo    =('medssl_nb.demo',          'DemoConfig',     'demo',          'out',  'all of the above on synthetic data, and a page of figures'),
 )
 
