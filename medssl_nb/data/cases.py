@@ -747,7 +747,7 @@ class StepSampler:
         if self.steps is None: raise TypeError('endless: give `steps`')
         return max(self.steps - self.start, 0)*self.accum
 
-# %% ../../nbs/15_data.cases.ipynb #0ab84174
+# %% ../../nbs/15_data.cases.ipynb #d447e23a
 class _Reader(torch.utils.data.Dataset):
     "Read and stack inside the worker; errors travel as values."
     def __init__(self, cases): self.cases = cases
@@ -775,7 +775,7 @@ class Loader:
                     # a batch that a dead worker had announced cannot be fetched any more: its connection is closed, or its file gone
                     gone = self.workers and isinstance(e, (ConnectionError, EOFError, FileNotFoundError)) and 'in DataLoader worker process' not in str(e)
                     if not gone and not str(e).startswith('DataLoader worker'): raise
-                    raise UserError(f'a loader worker died ({(str(e) or type(e).__name__).splitlines()[0]})', '', 'most often the memory was full: use fewer workers, a smaller region or batch; nothing is lost, resume the run') from None
+                    b = UserError(f'a loader worker died ({(str(e) or type(e).__name__).splitlines()[0]})', '', 'most often the memory was full: use fewer workers, a smaller region or batch; nothing is lost, resume the run')   # raised below, where no traceback holds the iterator and its dead worker any more
                 finally: self._on_death(None)
                 if isinstance(b, UserError): raise b
                 self.wait = time.perf_counter() - t
