@@ -173,7 +173,7 @@ def die_with_parent(
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/00_core.ipynb #f3cfd18e
+# %% ../nbs/00_core.ipynb #914e67c0
 def write_json(path, obj):
     "One JSON file, atomically. Numbers are plain: no NaN, which is not JSON."
     with atomic(path) as t: t.write_text(json.dumps(obj, indent=1, allow_nan=False) + '\n')
@@ -196,8 +196,8 @@ def read_json(path):
     return loads_json(text, str(path))
 
 def write_jsonl(path, rows):
-    "One JSON object a line, atomically."
-    with atomic(path) as t: t.write_text(''.join(json.dumps(r, allow_nan=False) + '\n' for r in rows))
+    "One JSON object a line, atomically; the rows may be a generator, and are never in memory together."
+    with atomic(path) as t, open(t, 'w') as f: f.writelines(json.dumps(r, allow_nan=False) + '\n' for r in rows)
 
 def read_jsonl(path)->list:
     "Rows of a JSON-lines file; a broken row is named by its number."
