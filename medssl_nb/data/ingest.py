@@ -11,9 +11,10 @@ __all__ = ['TOKENS', 'MR_KINDS', 'CONTRAST', 'LABEL', 'NOISE', 'PAIRS', 'IMAGE_D
            'dicom_modality', 'dicom_key', 'file_size', 'split_series', 'dicom_facts', 'series_of', 'find_dicom',
            'spread', 'read_table', 'read_text', 'find_npz', 'find_text', 'pick_column', 'label_value', 'join_labels',
            'find_table', 'listed_items', 'there', 'whole_pairs', 'own_labels', 'list_file', 'find_list', 'by_name',
-           'IngestConfig', 'check_config', 'bids_roots', 'find_volumes', 'why_ignored', 'not_ours', 'find_items',
-           'find_label_dir', 'probe_item', 'probe_text', 'pick_frames', 'probe_series', 'by_grid', 'make_cases',
-           'join_grids', 'Names', 'hide_words', 'case_row', 'ingest', 'use_labels', 'say_whose', 'twins', 'summary']
+           'IngestConfig', 'check_config', 'bids_roots', 'find_volumes', 'why_ignored', 'not_ours', 'find_safely',
+           'find_items', 'find_label_dir', 'probe_item', 'probe_text', 'pick_frames', 'probe_series', 'by_grid',
+           'make_cases', 'join_grids', 'Names', 'hide_words', 'case_row', 'ingest', 'use_labels', 'say_whose', 'twins',
+           'summary']
 
 # %% ../../nbs/16_data.ingest.ipynb #85d720e3
 import csv
@@ -105,19 +106,25 @@ class Problem:
     severity:str='error'  # 'warning' where nothing is lost
     of:tuple=()           # DICOM series it belongs to
 
-# %% ../../nbs/16_data.ingest.ipynb #ddf0acf1
+# %% ../../nbs/16_data.ingest.ipynb #dea9b8a6
 PAIRS = {'.hdr': ('.img',), '.par': ('.rec',), '.mhd': ('.raw', '.zraw'), '.nhdr': ('.raw',)}
 
 def walk(
     root,         # a folder or one file
     skip=(),      # folders to leave out
-)->list:          # files, sorted
+    shut=None,    # a list that takes folders which cannot be opened
+)->list:          # files, sorted; links to folders are followed, each target once
     "Every file below a folder."
     root = Path(root)
     if root.is_file(): return [root]
-    skip = {Path(s).resolve() for s in skip if s}; out = []
-    for here,dirs,files in os.walk(root):
-        dirs[:] = sorted(d for d in dirs if (Path(here)/d).resolve() not in skip)
+    skip = {Path(s).resolve() for s in skip if s}; out,top,seen = [],root.resolve(),set()
+    def fresh(p):
+        if not p.is_symlink(): return p.resolve() not in skip
+        real = p.resolve(); inside = real.is_relative_to(top) or top.is_relative_to(real) or any(real.is_relative_to(s) or s.is_relative_to(real) for s in seen)
+        if not inside and real not in skip: seen.add(real); return True
+        return False
+    for here,dirs,files in os.walk(root, followlinks=True, onerror=lambda e: shut.append(Path(e.filename)) if shut is not None else None):
+        dirs[:] = [d for d in sorted(dirs) if fresh(Path(here)/d)]
         out += [Path(here)/f for f in files]
     return sorted(out)
 
@@ -178,12 +185,13 @@ def name_item(
     subject = '/'.join([*keep, ' '.join(left)] if left else keep) or Path(root).name
     return Item(list(paths), format, role='label' if label else 'image', modality=modality, subject=subject, session=visit, case=subject, name=label_name(base))
 
-# %% ../../nbs/16_data.ingest.ipynb #d42483fe
+# %% ../../nbs/16_data.ingest.ipynb #373a6098
 def channel_names(root, extra):
     "Channel number -> modality, from `dataset.json` where there is one."
     p = Path(root)/'dataset.json'
-    if not p.is_file(): return {}
-    j = read_json(p); names = j.get('channel_names') or j.get('modality') or {}
+    try: j = read_json(p) if p.is_file() else {}
+    except UserError: return {}                                     # the file has a row of its own; the images beside it are still images
+    names = (j.get('channel_names') or j.get('modality') or {}) if isinstance(j, dict) else {}
     return {int(k): modality_of(v, extra) for k,v in names.items() if str(k).isdigit()} if isinstance(names, dict) else {}
 
 def match_labels(
@@ -331,12 +339,13 @@ def split_series(
             out.append(list(once.values()))
     return out,problems
 
-# %% ../../nbs/16_data.ingest.ipynb #5a4a5ece
+# %% ../../nbs/16_data.ingest.ipynb #de67c5aa
 def dicom_facts(
     path, extra:dict={},
 ):            # a `Problem`, or `(key, path, (SOP instance, position), orientation, what is known, Head)`
     "What one file says; its header is read here and nowhere else."
     try:
+        if not os.path.getsize(path): return Problem([path], 'empty', 'the file is empty')
         ds = dicom_header(path); tag = str(ds.get('Modality') or '')
         if 'DirectoryRecordSequence' in ds: return Problem([path], 'not-image', 'a DICOM directory', 'warning')
         if not tag and not ds.get('SOPClassUID'): return Problem([path], 'unreadable', 'the DICOM header says neither what the object is nor its modality; it may be cut off')
@@ -486,7 +495,7 @@ def join_labels(
     if len(problems) == len(rows): raise UserError('no row of the table of labels names an image', f'file names, stems or subjects in one of the columns {", ".join(names)}', 'name the column with --columns path COLUMN')
     return problems
 
-# %% ../../nbs/16_data.ingest.ipynb #204e2057
+# %% ../../nbs/16_data.ingest.ipynb #15c6e679
 ROLES = dict(image='image', img='image', label='label', mask='mask', seg='label', segmentation='label', text='text', report='text')
 
 def find_table(
@@ -517,8 +526,8 @@ def listed_items(
     role,text = row['role'],row['text']; fmt = 'dicom' if p.is_dir() else guess_format(p)
     known = dict(split=row['split'], group=row['group'] or cfg.group, session=row['session'])
     if row['subject']: known |= dict(subject=row['subject'])
-    if fmt == 'npz': return find_npz(p, cfg, modality=modality_of(text, cfg.modality_map), group=known['group'])
-    if role in ('text', 'report') and fmt in ('csv', 'text'): return find_text(p, cfg, group=known['group'])
+    if fmt == 'npz': return find_safely(find_npz, p, cfg, modality=modality_of(text, cfg.modality_map), group=known['group'])
+    if role in ('text', 'report') and fmt in ('csv', 'text'): return find_safely(find_text, p, cfg, group=known['group'])
     if role not in ROLES or fmt in ('csv', 'text'): return [],[Problem([p], 'ignored', 'its role in the table is not image, label or text', 'warning')]
     if fmt is None: return [],[not_ours(p) or Problem([p], 'format', 'the format is not known or not an image')]
     m = modality_of(text, cfg.modality_map) if text else row.get('modality') or modality_of(stem(p), cfg.modality_map)
@@ -660,7 +669,24 @@ def not_ours(p):
     "A problem where a file holds images that cannot be read here."
     return next((Problem([p], 'format', why) for ends,why in UNKNOWN.items() if Path(p).name.lower().endswith(ends)), None)
 
-# %% ../../nbs/16_data.ingest.ipynb #0e63fca2
+# %% ../../nbs/16_data.ingest.ipynb #88fb3096
+def find_safely(
+    find,      # `find_npz` or `find_text`
+    p, cfg,
+    asked:bool=False,  # it is the one file that was asked for: say it instead of going on
+    **known,
+)->tuple:      # items, problems
+    "A broken archive or table costs itself and not its neighbours."
+    try: return find(p, cfg, **known)
+    except ReadError as e:
+        if asked: raise
+        return [],[Problem([p], e.kind, e.reason)]
+    except UserError: raise
+    except Exception as e:
+        if asked: raise ReadError(f'cannot be read ({type(e).__name__})', name=Path(p).name) from e
+        return [],[Problem([p], 'unreadable', f'it cannot be read ({type(e).__name__})')]
+
+# %% ../../nbs/16_data.ingest.ipynb #cdcf0ffa
 def find_items(
     cfg,         # `IngestConfig`
 )->tuple:        # items, problems, the layout that was used, the folder where names begin
@@ -668,10 +694,11 @@ def find_items(
     if file := list_file(cfg): return find_list(cfg, file)
     if cfg.table and cfg.layout in ('auto', 'table'):
         items,problems,root = find_table(cfg); return items,problems,'table',root
-    src = Path(cfg.src); files = walk(src, skip=[cfg.out]); root = src if src.is_dir() else src.parent
+    src,shut = Path(cfg.src),[]; files = walk(src, [cfg.out], shut); root = src if src.is_dir() else src.parent
     if not files: raise UserError(f'{src} holds no files', 'a folder of scans')
-    by,problems = {},[]
+    by,problems = {},[Problem([p], 'unreadable', 'the folder cannot be opened') for p in shut]
     for p in files:
+        if not p.is_file(): problems.append(Problem([p], *(('missing', 'a link to a file that is not there') if p.is_symlink() and not p.exists() else ('format', 'a pipe, a socket or a device, not a file')))); continue
         hidden = any(part.startswith('.') for part in p.relative_to(root).parts)
         by.setdefault(None if hidden else 'dicom' if p.name == 'DICOMDIR' else guess_format(p), []).append(p)
     if cfg.layout == 'dicom': by['dicom'] = sorted(by.get('dicom', []) + [p for p in by.pop(None, []) if not p.name.startswith('.')])
@@ -688,11 +715,7 @@ def find_items(
     for f,find in (('npz', find_npz), ('text', find_text), ('csv', find_text)):
         for p in by.get(f, []) if f in formats else ():
             if re.match(r'(readme|licen[cs]e|notice|changes)', p.name.lower()): continue
-            try: new,more = find(p, cfg)
-            except ReadError as e:
-                if p == src: raise                               # the one file that was asked for; else its neighbours go on
-                new,more = [],[Problem([p], e.kind, e.reason)]
-            items += new; problems += more
+            new,more = find_safely(find, p, cfg, p == src); items += new; problems += more
     if cfg.label_dir: new,more = find_label_dir(cfg, items); items += new; problems += more
     used = {p for x in (*items, *problems) for p in x.paths}
     problems += [Problem([p], 'ignored', why_ignored(p), 'warning') if not (o := not_ours(p)) else o for p in files if p not in used]

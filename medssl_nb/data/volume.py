@@ -590,7 +590,7 @@ def mosaic_bvals(paths):
     except (TypeError, ValueError): return None
     return b
 
-# %% ../../nbs/10_data.volume.ipynb #18b74424
+# %% ../../nbs/10_data.volume.ipynb #405c7657
 OPENERS = dict(nifti=open_nibabel, sitk=open_sitk, dicom=open_dicom, image=open_image, npz=open_npz)
 SUFFIXES = {'nifti': ('.nii', '.hdr', '.img', '.mnc', '.par', '.rec', '.mgh', '.mgz'), 'sitk': ('.nrrd', '.nhdr', '.mha', '.mhd', '.gipl', '.vtk'),
     'dicom': ('.dcm', '.dicom', '.ima'), 'image': ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp'), 'npz': ('.npz',), 'text': ('.txt',), 'csv': ('.csv', '.tsv')}
@@ -602,6 +602,7 @@ def guess_format(
     name = str(path).lower().removesuffix('.gz')
     for f,ends in SUFFIXES.items():
         if name.endswith(ends): return f
+    if not os.path.isfile(path): return None             # opening a pipe would wait for ever
     try:
         with open(path, 'rb') as f: return 'dicom' if f.read(132)[128:] == b'DICM' else None
     except OSError: return None
