@@ -9,7 +9,7 @@ __all__ = ['FORMAT', 'IDLE', 'LOCAL', 'LEFT', 'TEXT', 'TODO', 'DONE', 'STALE', '
            'prepare_one', 'prepare_group', 'only_one', 'team', 'farm', 'arrived', 'result', 'Plan', 'out_voxels',
            'estimate', 'how_many', 'human', 'clock', 'test_people', 'prepare', 'report']
 
-# %% ../../nbs/17_data.prepare.ipynb #7a8e5aac
+# %% ../../nbs/17_data.prepare.ipynb #c024a8a3
 import errno
 import fcntl
 import hashlib
@@ -20,7 +20,6 @@ import shutil
 import socket
 import sys
 import time
-import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
@@ -32,7 +31,7 @@ from typing import Literal
 import numpy as np
 
 from ..config import to_dict
-from ..core import UserError, choose, disk_errno, disk_errors, read_json, sweep, write_json, write_jsonl
+from ..core import UserError, choose, disk_errors, read_json, sweep, write_json, write_jsonl
 from .cases import MODALITIES, Manifest, channel_order, damage, pack_case, pack_mark, put_files, read_mark, split_by_subject, store, text_table, write_index
 from .ingest import read_text
 from .privacy import quiet_readers, safe_traceback
