@@ -370,10 +370,10 @@ def picture_case(
         pics.append(planes(v, window, lab if not pics else None, at if at is None or v.data.shape[1:] == lab.shape else None)); names.append(m)
     return (mosaic(pics) if pics else None),names
 
-# %% ../nbs/85_qc.ipynb #2a0f78ae
+# %% ../nbs/85_qc.ipynb #01e8eea5
 ADVICE = {   # kind of problem -> what to do
     'unreadable': 'open the file in a viewer; fetch or export it again', 'truncated': 'the transfer broke off: fetch the file again', 'missing': 'a table or list names a file that is not there', 'empty': 'nothing to use', 'changed': 'the file is not the one that was ingested: ingest again',
-    'crashed': 'the decoder died, twice: convert the file with another program', 'hanging': 'the decoder did not come back: convert the file with another program', 'memory': 'fewer workers, or a machine with more memory',
+    'crashed': 'the decoder died, twice: convert the file with another program', 'killed': 'fewer workers, or a machine with more memory: what is prepared stays', 'path': 'the private list of paths is damaged: ingest again', 'projection': 'nothing: a picture computed from a volume is left out', 'hanging': 'the decoder did not come back: convert the file with another program', 'memory': 'fewer workers, or a machine with more memory',
     'format': 'convert it to NIfTI or DICOM', 'modality': 'name it with --modality, --modality-map or a table', 'modality-conflict': 'header and name disagree: look at the picture and correct one of them', 'ignored': 'nothing, if it is a note, a licence or a table', 'not-image': 'nothing: it holds no image',
     'localiser': 'nothing: planning images are left out', 'derivative': 'nothing, or ingest the derivative by itself', 'pattern': 'correct the pattern, or leave the file out', 'bids': 'rename it as BIDS asks, or ingest with --layout nifti',
     '4d': 'choose one volume with --frame', 'nan': 'replace what is not a number, then ingest again', 'rgb': 'a rendered map is no measurement: use the map it was made from', 'colour': 'a grey image was expected: convert it, or correct its modality', 'complex': 'save the magnitude', 'range': 'rescale the values', 'constant': 'leave it out',
@@ -472,7 +472,7 @@ def outlier_section(found, mixed, most:int=200)->str:
     rows = [[('html', f'<code>{E(c)}</code>'), m, ('html', '<br>'.join(map(E, w)))] for (c,m),w in list(by.items())[:most]]
     return text + table(f'{len(by)} image{"s" * (len(by) > 1)} far from the median of the modality' + (f'; the first {most} are shown' if len(by) > most else ''), ['case', 'modality', 'what'], rows)
 
-# %% ../nbs/85_qc.ipynb #d3e92d9f
+# %% ../nbs/85_qc.ipynb #99c16a87
 def curve(
     values:list,        # lists of equal length, one an image, per mille
     ends:tuple,         # words below the left and right end
@@ -499,7 +499,7 @@ def histogram_section(rows)->str:
 
 def form(r)->tuple:
     f = r['entry']
-    return r['modality'],' × '.join(map(str, f['shape'] if r['dims'] == 3 else f['shape'][1:])),' × '.join(f'{s:.4g}' for s in (f['spacing'] if r['dims'] == 3 else f['spacing'][1:])),f.get('orientation', '') if r['dims'] == 3 else '2-D',f.get('dtype', ''),f['format']
+    return r['modality'],' × '.join(map(str, f['shape'] if r['dims'] == 3 else f['shape'][1:])),'unknown' if f['format'] in ('image', 'npz') else ' × '.join(f'{s:.4g}' for s in (f['spacing'] if r['dims'] == 3 else f['spacing'][1:])),f.get('orientation', '') if r['dims'] == 3 else '2-D',f.get('dtype', ''),f['format']
 
 def form_section(rows, remarks:dict, most:int=40)->str:
     "How often each form occurs, and the table of all images."
@@ -545,16 +545,21 @@ def prepared_section(man, folder)->str:
     n = Counter((r.get('split') or '', '+'.join(r['channels']), ' × '.join(f'{s:.4g}' for s in r['spacing'])) for r in p.rows)
     return out + table('Prepared volumes', ['split', 'channels', 'spacing, mm', 'cases'], [[*k, v] for k,v in n.most_common(40)])
 
-# %% ../nbs/85_qc.ipynb #aabf9bda
+# %% ../nbs/85_qc.ipynb #f4e54210
 def choose_cases(
     man, remarks:dict,  # (case, modality) -> words
     n:int,
 )->list:                # rows
-    "Up to half of the pictures for cases with a remark, the rest spread evenly over groups and sets of modalities."
+    "Up to half of the pictures for cases with a remark, the rest in equal shares for each group and set of modalities."
     image = [r for r in man.cases if r['dims'] > 1]; flagged = {c for c,_ in remarks}
-    first = evenly([r for r in image if r['case'] in flagged], n//2 if len(image) > n else n); have = {r['case'] for r in first}
-    rest = sorted((r for r in image if r['case'] not in have), key=lambda r: (r.get('group') or '', r['dims'], tuple(r['images'])))
-    return first + evenly(rest, max(n - len(first), 0))
+    first = evenly([r for r in image if r['case'] in flagged], n//2 if len(image) > n else n); have = {r['case'] for r in first}; kinds = {}
+    for r in image:
+        if r['case'] not in have: kinds.setdefault((r.get('group') or '', r['dims'], tuple(r['images'])), []).append(r)
+    share = dict.fromkeys(sorted(kinds), 0); left = min(n - len(first), len(image) - len(first))
+    while left > 0:                                            # in turn, so that rare kinds are seen
+        for k in share:
+            if left > 0 and share[k] < len(kinds[k]): share[k] += 1; left -= 1
+    return first + [r for k,m in share.items() for r in evenly(kinds[k], m)]
 
 def picture_section(man, cfg, remarks)->str:
     "The pictures, and what they are a sample of."
@@ -568,9 +573,9 @@ def picture_section(man, cfg, remarks)->str:
         alt = f'case {r["case"]}: {", ".join(names)}' + ('; axial, coronal and sagittal plane' if r['dims'] == 3 else '')
         out.append(f'<figure>' + (f'<img loading="lazy" alt="{E(alt)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">' if data else '<p class="bad">cannot be shown</p>') + f'<figcaption>{text}</figcaption></figure>')
     marked = len({c for c,_ in remarks} & {r['case'] for r in rows})
-    return f'<p class="soft">{len(rows):,} of {total:,} cases' + (f', {marked} of them because of a remark, the others spread evenly' if len(rows) < total else '') + ' (<code>--cases</code>). Planes through the middle, or through the largest part of the segmentation (in colour): axial, coronal, sagittal, in true proportions, the patient\'s right on the left. CT: -160 to 240 HU; others from the 0.5th to the 99.5th percentile.</p><div class="sheet">' + ''.join(out) + '</div>'
+    return f'<p class="soft">{len(rows):,} of {total:,} cases' + (f', {marked} of them because of a remark, the others in equal shares for each group and set of modalities' if len(rows) < total else '') + ' (<code>--cases</code>). Planes through the middle, or through the largest part of the segmentation (in colour): axial, coronal, sagittal, in true proportions, the patient\'s right on the left. CT: -160 to 240 HU; others from the 0.5th to the 99.5th percentile.</p><div class="sheet">' + ''.join(out) + '</div>'
 
-# %% ../nbs/85_qc.ipynb #edb4a5b6
+# %% ../nbs/85_qc.ipynb #ca3aca00
 SECTIONS = dict(problems='Problems', copies='Copies', labels='Labels that may be wrong', outliers='Outliers', pictures='Pictures', intensities='Intensities', forms='Shape, spacing, storage', classes='Labels and reports', prepared='Prepared')
 
 NOT_DONE = ('<p class="note"><b>What this page does not look for.</b> Text burned into pixels (names in the corner of an X-ray, scanned films), faces, names in the text of reports, and wrong segmentations. '
@@ -591,8 +596,8 @@ def page(
     remarks = {k: '; '.join(dict.fromkeys(v)) for k,v in remarks.items()}
     parts = dict(problems=problem_section(man.problems), copies=copy_section(twice, looked, len(rows)), labels=doubt_section(doubt, knows, looked), outliers=outlier_section(odd, mixed), pictures=picture_section(man, cfg, remarks), intensities=histogram_section(rows), forms=form_section(rows, remarks), classes=label_section(man))
     if cfg.prepared: parts['prepared'] = prepared_section(man, cfg.prepared)
-    n_odd = len({(o['row']['case'], o['row']['modality']) for o in odd}); errors = sum(p.get('severity') == 'error' for p in man.problems)
-    cards = [('cases', len(man.cases), ''), ('persons', len({r['subject'] for r in man.cases}), ''), ('images', len(rows), ''), ('errors', errors, 'bad' if errors else 'good'), ('warnings', len(man.problems) - errors, 'warn' if len(man.problems) > errors else 'good'), ('groups of copies', len(twice), 'bad' if twice else 'good'), ('doubtful labels', len(doubt), 'bad' if doubt else 'good'), ('outliers', n_odd, 'warn' if n_odd else 'good')]
+    n_text = sum(r['dims'] == 1 for r in man.cases); n_odd = len({(o['row']['case'], o['row']['modality']) for o in odd}); errors = sum(p.get('severity') == 'error' for p in man.problems)
+    cards = [('cases', len(man.cases), ''), ('persons', len({r['subject'] for r in man.cases}), ''), ('images', len(rows), ''), *([('reports', n_text, '')] if n_text else []), ('errors', errors, 'bad' if errors else 'good'), ('warnings', len(man.problems) - errors, 'warn' if len(man.problems) > errors else 'good'), ('groups of copies', len(twice), 'bad' if twice else 'good'), ('doubtful labels', len(doubt), 'bad' if doubt else 'good'), ('outliers', n_odd, 'warn' if n_odd else 'good')]
     lead = f'{looked:,} of {len(rows):,} images were looked at voxel by voxel' + ('' if looked == len(rows) else '; the others could not be read, or were left out by --look') + '. Names are pseudonyms; at the site <code>medssl where MANIFEST f-...</code> (or <code>c-...</code>) says which file is meant.'
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>medssl qc</title><style>' + CSS + '</style></head><body><a class="skip" href="#main">to the content</a><header><h1>Quality of the collection</h1>'
         + f'<p class="lead">{lead}</p><ul class="cards">' + ''.join(f'<li><b class="{c}">{n:,}</b>{E(w)}</li>' for w,n,c in cards) + '</ul><nav aria-label="sections"><ul>' + ''.join(f'<li><a href="#{k}">{E(SECTIONS[k])}</a></li>' for k in parts) + '</ul></nav></header><main id="main">'
@@ -609,7 +614,7 @@ def qc(
     with atomic(cfg.out) as t: t.write_text(text, encoding='utf-8')
     return dict(out=Path(cfg.out))
 
-# %% ../nbs/85_qc.ipynb #3a913877
+# %% ../nbs/85_qc.ipynb #ae645e4d
 @dataclass
 class WhereConfig:
     "Which file is meant by a pseudonym; for eyes at the site."
@@ -624,5 +629,5 @@ def where(
     man = Manifest(cfg.manifest); ids = {cfg.file: [cfg.file]} if cfg.file.startswith('f-') else {r['case']: [f['file'] for part in ('images', 'labels') for f in (r.get(part) or {}).values() if isinstance(f, dict)] for r in man.cases}
     if cfg.file not in ids: raise UserError(f'{cfg.file} is not in this manifest', 'a file f-... or a case c-... of it')
     for f in dict.fromkeys(ids[cfg.file]):
-        for p in man.paths(f): print(p)
+        for p in man.paths(f): print(p)   # the one command whose purpose is to show names
     return {}
