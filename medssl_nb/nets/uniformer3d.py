@@ -108,7 +108,7 @@ class AttentionBlock(nn.Module):
         t = t + self.attend(self.norm1(t))
         return maps(t + self.mlp(self.norm2(t)), x.shape[2:])
 
-# %% ../../nbs/21_nets.uniformer3d.ipynb #cc22d0f8
+# %% ../../nbs/21_nets.uniformer3d.ipynb #785b0264
 def init_uniformer(
     module:nn.Module,  # changed in place
 )->nn.Module:
@@ -145,6 +145,7 @@ class UniFormerEncoder(nn.Module):
             self.stages.append(nn.Sequential(*[block() for _ in range(n)]))
         self.last = batch_norm(inp, dims)
         init_uniformer(self)
+        nn.init.uniform_(self.embeds[0][0].bias, -(in_channels*2**dims)**-.5, (in_channels*2**dims)**-.5)
     def spec(self)->dict:
         "What `build_encoder` needs to make this network again."
         return dict(net='uniformer', in_channels=self.in_channels, widths=list(self.widths), depths=list(self.depths), conv_stages=self.conv_stages, head_width=self.head_width, dims=self.dims)
@@ -156,7 +157,7 @@ class UniFormerEncoder(nn.Module):
         for embed,stage in zip(self.embeds, self.stages): feats.append(x := stage(embed(x)))
         return feats[:-1] + [self.last(x)]
 
-# %% ../../nbs/21_nets.uniformer3d.ipynb #cf5486c7
+# %% ../../nbs/21_nets.uniformer3d.ipynb #f7e50602
 def spread(
     x,        # `(B, C, *s)`
     kernel,   # `(C, out, *k)`: what each value paints; kernels do not overlap
@@ -191,7 +192,7 @@ class TokenDecoder(nn.Module):
         self.mids = nn.ModuleList(nn.Sequential(nn.GroupNorm(1, b), nn.GELU()) if light else nn.Identity() for b in w[1:])
         self.final = conv(self.dims, w[-1], out_channels, 1)
         for m in self.ups: nn.init.normal_(m.weight, std=m.in_channels**-.5)      # as much variance out as in: nothing is rectified
-        nn.init.normal_(self.final.weight, std=w[-1]**-.5); nn.init.zeros_(self.final.bias)
+        nn.init.normal_(self.final.weight, std=.1*w[-1]**-.5); nn.init.zeros_(self.final.bias)   # begins near 0, as images in [0, 1] mostly are
     def forward(self,
         z,     # bottleneck `(B, C, *s)`
     ):         # `(B, out_channels, *s·stride)`
