@@ -7,7 +7,9 @@ __all__ = ['BAND', 'as_tokens', 'unit_rows', 'gap', 'bands', 'nearest_tokens', '
            'check_pair', 'intra_topology', 'mutual_matches', 'draw_slots', 'inter_topology', 'sinkhorn', 'coding_rate',
            'class_coding_rate']
 
-# %% ../../nbs/34_losses.topology.ipynb #7afbe01c
+# %% ../../nbs/34_losses.topology.ipynb #baaa04a9
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -167,7 +169,7 @@ def mutual_matches(
     keep = keep & (first >= cosine) & (torch.gather(rho, 1, pi) == torch.arange(a.shape[1], device=a.device))
     return torch.where(keep, pi, -1)
 
-# %% ../../nbs/34_losses.topology.ipynb #e761b531
+# %% ../../nbs/34_losses.topology.ipynb #b3e648cc
 def draw_slots(
     n:int,  # directional terms
     T:int,  # tokens
@@ -180,8 +182,7 @@ def draw_slots(
 def _strangers(b, partner, claimed, positives, k, near_out):
     "`(P, T, T)` bool: whom the anchor of each row may be told apart from."
     free = ~claimed[:,None].expand(-1, b.shape[1], -1)
-    T,none = b.shape[1],~(~claimed).any(1)
-    row = torch.arange(T, device=b.device)
+    none = ~(~claimed).any(1)
     own = torch.zeros_like(free).scatter(2, partner.clamp_min(0)[...,None], True)
     # an empty slot points at the anchor's own partner, which is out anyway
     own = own.scatter(2, torch.where(positives >= 0, positives, partner.clamp_min(0)[...,None]), True)
