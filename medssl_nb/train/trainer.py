@@ -359,12 +359,12 @@ def replay(
     batches = [{**read_tensors(dump/f'rank_{rank}_micro_{m}.safetensors'), **p} for m,p in enumerate(info['plain'])]
     return [{k: v.item() for k,v in tr.terms(b, m).items()} for m,b in enumerate(batches)]
 
-# %% ../../nbs/52_train.trainer.ipynb #e948acd6
+# %% ../../nbs/52_train.trainer.ipynb #50ee5e28
 class History:
     "Rows as JSON lines, cut back to a step and then appended to."
     def __init__(self, path, upto:int=0):
         self.path,rows = Path(path),[]
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        lines = self.path.read_text(errors='replace').splitlines() if self.path.exists() else []
         for i,line in enumerate(lines):
             try: row = json.loads(line)
             except json.JSONDecodeError:
@@ -475,7 +475,7 @@ def differing(
     show = lambda v: 'nothing' if v is none else repr(v)
     return [f'{k}: {show(a.get(k, none))} -> {show(b.get(k, none))}' for k in sorted(a.keys() | b.keys()) if a.get(k, none) != b.get(k, none)]
 
-# %% ../../nbs/52_train.trainer.ipynb #f2016592
+# %% ../../nbs/52_train.trainer.ipynb #69c6eff3
 RESUME = ('auto', 'must', 'force', 'never')
 
 def restore(
@@ -491,7 +491,7 @@ def restore(
         if resume == 'must': raise UserError(f'nothing to resume in {out}', 'a checkpoint')
         return False
     if resume == 'never': raise UserError(f'{out.name} already holds {path.name}', 'a new directory', "choose another name, or resume='auto' to continue")
-    state = tr.load(path)
+    state = tr.load(own(path.parent, path.name))
     diff = differing(state.get('config') or {}, config)
     if diff and resume != 'force': raise UserError(f'{out.name} was trained with other settings: ' + '; '.join(diff), 'the same settings', "use another directory, or resume='force' to continue with the new ones")
     if state['step'] > tr.cfg.steps: raise UserError(f'{path.name} is beyond the {tr.cfg.steps} steps asked for', f'at least {state["step"]} steps')
