@@ -136,7 +136,7 @@ def check_gpu(
     if torch.version.cuda: return [warning('gpu', f'torch {torch.__version__} is built for CUDA {torch.version.cuda}, but sees no GPU', 'is one there (nvidia-smi)? is the driver new enough? was the container started with --gpus all?' if driver else 'nothing to do if there is none; else install its driver')]
     return [ok('gpu', 'none; training runs on the processor')]
 
-# %% ../nbs/92_doctor.ipynb #302d761c
+# %% ../nbs/92_doctor.ipynb #cb66862c
 _JPEG = 'c-s4a<Ns|2X9h+J!T$pc+#C!F3<`{lf(-wUFvv47FtS3V7@&ZWiJ66!jh%y&iyNq5s{jKNBQrA-3o|P#3ky)T7AViaBFHMFXz0i$9GJ+iR48K9IB_9|veU+cqCpows2C>|HF0u@iAzXIsj8`KXlj|5nweWzS~<J8y19FJdIg7shJ{B&MkS}Drln_OW)+u|mX%jjRyDV@wzYS3c1@Z*W$Lu)GiJ_Ow0OzVWy@ErT(xQQmaW^i@7THP(BUITj~zd8^3<ivSFT>We&gn?hmRgVdHU@6i<hrHe)|07>$mSee*XG@i-7~=AA5#>=KnY=vj5rqXDI*AVDr0H`y2Cv>23QTpZ{L}`TX`v`xET&N}vDFK#Fp7=|BG&2GaWfHyHq*AoQR'
 _LOSSLESS = 'c-s4a<Nsj>ZVm<o1_ee&L5BZF7{nMD85tRn0W%ZF|62?kKvAIh`8Q`!z*(PB{)poLzX<>}f0IK'
 _LS = 'c-s4a<NtRCZVm<o1_ee&L5Bag7&sUi8GxX#c*)DZ`~OGhZo8fTKhR|L|N4KO|LgzPZwC@J^MOPuh!+oI&<8&Ff0F?KNPKm)'
@@ -144,12 +144,12 @@ _J2K = 'c-s5#|38pHlK})2pcn>F`Hbw0jQ@iectA`BRu&cp#{V%4!VV4|9s$Vce+q*t1EX_MYGO%hib
 CODECS = {   # transfer syntax: name, sample, the largest error allowed, what reads it
     '1.2.840.10008.1.2.1':    ('uncompressed', None, 0, 'pydicom'),
     '1.2.840.10008.1.2.5':    ('RLE', None, 0, 'pydicom'),
-    '1.2.840.10008.1.2.4.50': ('JPEG, 8 bits', _JPEG, 2, 'pillow'),
+    '1.2.840.10008.1.2.4.50': ('JPEG 8-bit', _JPEG, 2, 'pillow'),
     '1.2.840.10008.1.2.4.57': ('JPEG lossless', _LOSSLESS, 0, 'python-gdcm'),
-    '1.2.840.10008.1.2.4.70': ('JPEG lossless, first order', _LOSSLESS, 0, 'python-gdcm'),
+    '1.2.840.10008.1.2.4.70': ('JPEG lossless first-order', _LOSSLESS, 0, 'python-gdcm'),
     '1.2.840.10008.1.2.4.80': ('JPEG-LS', _LS, 0, 'pyjpegls'),
-    '1.2.840.10008.1.2.4.81': ('JPEG-LS, near lossless', _LS, 0, 'pyjpegls'),
-    '1.2.840.10008.1.2.4.90': ('JPEG 2000, lossless', _J2K, 0, 'pylibjpeg-openjpeg'),
+    '1.2.840.10008.1.2.4.81': ('JPEG-LS near-lossless', _LS, 0, 'pyjpegls'),
+    '1.2.840.10008.1.2.4.90': ('JPEG 2000 lossless', _J2K, 0, 'pylibjpeg-openjpeg'),
     '1.2.840.10008.1.2.4.91': ('JPEG 2000', _J2K, 0, 'pylibjpeg-openjpeg'),
 }
 

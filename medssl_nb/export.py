@@ -283,13 +283,13 @@ def nnunet_plans(
     new.update(configurations={want: conf}, plans_name=name)
     return new
 
-# %% ../nbs/91_export.ipynb #7ad39a95
+# %% ../nbs/91_export.ipynb #f3c3d935
 def how_to(name:str, plans:bool, dims:int)->str:
     "The commands that follow, for a person."
     c = '3d_fullres' if dims == 3 else '2d'
     if plans: a = [f'cp {name}.json {name}_scratch.json "$nnUNet_preprocessed/DatasetNNN_YOURS/"', f'nnUNetv2_preprocess -d NNN -plans_name {name} -c {c}',
                    f'nnUNetv2_train NNN {c} 0 -p {name} -pretrained_weights checkpoint_medssl.pth', f'nnUNetv2_train NNN {c} 0 -p {name}_scratch      # the same network from scratch']
-    else: a = ['nnUNetv2_plan_and_preprocess -d NNN --no_pp', f'medssl export … --to nnunet --plans "$nnUNet_preprocessed/DatasetNNN_YOURS/nnUNetPlans.json" -o OUT   # then follow OUT/COMMANDS.txt']
+    else: a = ['nnUNetv2_plan_and_preprocess -d NNN --no_pp', 'medssl export … --to nnunet --plans "$nnUNet_preprocessed/DatasetNNN_YOURS/nnUNetPlans.json" -o OUT   # then follow OUT/COMMANDS.txt']
     b = [f'nnUNetv2_preprocess_like_nnssl -d NNN -n {name} -pc checkpoint_medssl.pth -am like_pretrained', 'nnUNetv2_train_pretrained NNN 3d_fullres 0 -p ptPlans__…                # the name is printed by the first command; --from_scratch for the comparison'] if dims == 3 else []
     return '\n'.join(['# nnU-Net, released versions (tested: 2.8.1)', *a, *(['', '# nnU-Net, development version', *b] if b else [])]) + '\n'
 
