@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 JOBS ?= 2
 
-.PHONY: readme demo test test-all lab install export clean-nbs lint bench
+.PHONY: readme demo test test-all lab install export clean-nbs lint bench nnunet
 $(VENV)/.stamp: requirements.lock settings.ini setup.py
 	$(PYTHON) -m venv $(VENV)
 	@# torch first and exactly: a range asked of an empty environment brings gigabytes of CUDA. A torch that is there already (a GPU build, say) stays.
@@ -16,14 +16,24 @@ $(VENV)/.stamp: requirements.lock settings.ini setup.py
 	@touch $@
 install: $(VENV)/.stamp
 
+# nnU-Net's own package, which sees everything in $(VENV) and changes nothing there.
+NN := .venv-nnunet
+$(NN)/.stamp: $(VENV)/.stamp requirements-nnunet.lock
+	$(PYTHON) -m venv $(NN)
+	$(NN)/bin/pip install -q --no-deps -r requirements-nnunet.lock
+	$(NN)/bin/python -c "import sysconfig, pathlib, sys; pathlib.Path(sysconfig.get_paths()['purelib'], 'tested_set.pth').write_text('import site; site.addsitedir(' + repr(sys.argv[1]) + ')\n')" "$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")"
+	@touch $@
+nnunet: $(NN)/.stamp
+
 demo: install
 	OMP_NUM_THREADS=2 $(BIN)/medssl demo
 
 test: install
 	$(BIN)/python -m pytest -n $(JOBS)
 
-test-all: install
+test-all: install nnunet
 	MEDSSL_SLOW=1 $(BIN)/python -m pytest -n $(JOBS)
+	MEDSSL_SLOW=1 $(NN)/bin/python -m pytest -n 0 tests/test_export.py
 
 lab: install
 	$(BIN)/jupyter lab --notebook-dir=nbs

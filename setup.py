@@ -24,6 +24,8 @@ setup(
     extras_require={
         "nb": cfg["nb_requirements"].split(),
         "dev": cfg["dev_requirements"].split() + cfg["nb_requirements"].split(),
+        # To fine-tune from `medssl export --to nnunet`; tested with requirements-nnunet.lock.
+        "nnunet": ["nnunetv2>=2.6,<3"],
         # The plain name brings 0.32, which downgrades ipywidgets to 7; 1.0a55 fetches its viewer from the network.
         "itk": ["itkwidgets==1.0a55", "ngff-zarr<0.14"],
     },
