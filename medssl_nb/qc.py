@@ -11,13 +11,12 @@ __all__ = ['PERCENTILES', 'CORE', 'HU_BINS', 'LOOK', 'NEAR', 'PLACES', 'FAMILY',
            'histogram_section', 'form', 'form_section', 'packed', 'label_section', 'prepared_section', 'choose_cases',
            'picture_section', 'page', 'qc', 'WhereConfig', 'where']
 
-# %% ../nbs/85_qc.ipynb #ac228669
+# %% ../nbs/85_qc.ipynb #79fe7528
 import base64
 import hashlib
 import html
 import io
 import json
-import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -545,7 +544,7 @@ def prepared_section(man, folder)->str:
     n = Counter((r.get('split') or '', '+'.join(r['channels']), ' × '.join(f'{s:.4g}' for s in r['spacing'])) for r in p.rows)
     return out + table('Prepared volumes', ['split', 'channels', 'spacing, mm', 'cases'], [[*k, v] for k,v in n.most_common(40)])
 
-# %% ../nbs/85_qc.ipynb #f4e54210
+# %% ../nbs/85_qc.ipynb #d35155c8
 def choose_cases(
     man, remarks:dict,  # (case, modality) -> words
     n:int,
@@ -571,7 +570,7 @@ def picture_section(man, cfg, remarks)->str:
         data,names = (None, []) if isinstance(g, Lost) else g; said = '; '.join(sorted({w for (c,_),w in remarks.items() if c == r['case']}))
         text = f'<code>{E(r["case"])}</code> of <code>{E(r["subject"])}</code>' + (f', {E(shown(r["group"]))}' if r.get('group') else '') + ('<br>rows: ' if len(names) > 1 else '<br>') + E(', '.join(names)) + (f'<br><span class="bad">{E(said)}</span>' if said else '')
         alt = f'case {r["case"]}: {", ".join(names)}' + ('; axial, coronal and sagittal plane' if r['dims'] == 3 else '')
-        out.append(f'<figure>' + (f'<img loading="lazy" alt="{E(alt)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">' if data else '<p class="bad">cannot be shown</p>') + f'<figcaption>{text}</figcaption></figure>')
+        out.append('<figure>' + (f'<img loading="lazy" alt="{E(alt)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">' if data else '<p class="bad">cannot be shown</p>') + f'<figcaption>{text}</figcaption></figure>')
     marked = len({c for c,_ in remarks} & {r['case'] for r in rows})
     return f'<p class="soft">{len(rows):,} of {total:,} cases' + (f', {marked} of them because of a remark, the others in equal shares for each group and set of modalities' if len(rows) < total else '') + ' (<code>--cases</code>). Planes through the middle, or through the largest part of the segmentation (in colour): axial, coronal, sagittal, in true proportions, the patient\'s right on the left. CT: -160 to 240 HU; others from the 0.5th to the 99.5th percentile.</p><div class="sheet">' + ''.join(out) + '</div>'
 
