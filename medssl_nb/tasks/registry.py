@@ -10,10 +10,11 @@ from importlib import import_module
 
 from ..core import UserError, choose
 
-# %% ../../nbs/49_tasks.registry.ipynb #e450a679
+# %% ../../nbs/49_tasks.registry.ipynb #b94af747
 METHODS = dict(  # name -> module, task, settings
     mae   =('medssl_nb.tasks.mae',    'MAE',    'MAEConfig'),
     pcrlv2=('medssl_nb.tasks.pcrlv2', 'PCRLv2', 'PCRLv2Config'),
+    brainmvp=('medssl_nb.tasks.brainmvp', 'BrainMVP', 'BrainMVPConfig'),
 )
 PRESETS = ('3d', '2d', 'small3d', 'small2d')
 
