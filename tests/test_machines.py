@@ -91,3 +91,61 @@ def test_it_counts_a_wait():
     code = "lambda self, b, g: {**was(self, b, g), 'x': b['image'][b['image'] > .5].sum().item() + len(b['target'].nonzero())}"
     out = subprocess.run([sys.executable, str(HERE / "far.py"), "--damage", "views", code, "mae small2d"], capture_output=True, text=True, timeout=120, env=ENV)
     assert sum(json.loads(out.stdout.strip().splitlines()[-1])["mae small2d"]["syncs"].values()) == LIMITS["mae"][0] + 3
+
+
+SRUN = """#!{python}
+"A stand-in for srun on one node: two tasks with the variables that SLURM sets, and its signal before the end."
+import os, signal, subprocess, sys, time
+words = sys.argv[1:]
+while words[0].startswith("--"): words = words[1:]
+who = dict(SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="2", SLURM_NNODES="1", SLURM_NODEID="0", SLURM_STEP_ID="0", SLURM_NODELIST="localhost")
+tasks = [subprocess.Popen(words, env={{**os.environ, **who, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}}, start_new_session=True) for i in range(2)]
+until, history = int(os.environ["USR1_AFTER"]), words[words.index("--out")+1] + "/history.jsonl"
+while until and all(t.poll() is None for t in tasks):
+    if os.path.exists(history) and open(history).read().count("\\n") >= until:
+        for t in tasks: os.killpg(t.pid, signal.SIGUSR1)      # everybody in the step, loader workers too
+        break
+    time.sleep(.01)
+sys.exit(max(t.wait() for t in tasks))
+"""
+
+
+def test_the_batch_file_stops_requeues_and_continues(tmp_path):
+    "experiments/slurm.sbatch as it is, with stand-ins for srun and scontrol: two gloo processes that find each other through SLURM's variables."
+    from test_resume import prepared
+
+    prepared(tmp_path / "data")
+    bin, run = tmp_path / "bin", tmp_path / "runs" / "one"
+    bin.mkdir()
+    (bin / "srun").write_text(SRUN.format(python=sys.executable))
+    (bin / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol\n')
+    for f in bin.iterdir():
+        f.chmod(0o755)
+    env = {**ENV, "PATH": f"{bin}:{Path(sys.executable).parent}:{ENV['PATH']}", "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NAME": "medssl", "SLURM_NTASKS": "2"}
+    more = "--method mae --preset small3d --task.region 16 16 16 --train.device cpu --train.workers 1 --train.steps 12 --train.batch 2 --train.save-every 100 --train.tensorboard False --train.warmup 0".split()
+    go = lambda until: subprocess.run(["bash", str(HERE.parent / "experiments" / "slurm.sbatch"), str(tmp_path / "data"), str(run), *more], env={**env, "USR1_AFTER": str(until)}, capture_output=True, text=True, timeout=300)
+    first = go(3)
+    assert first.returncode == 0, first.stderr[-3000:]
+    assert (tmp_path / "scontrol").read_text() == f"requeue {os.getpid()}\n"
+    from medssl_nb.core import read_json, read_jsonl
+    from medssl_nb.train.checkpoint import latest
+
+    step = int(latest(run).name[5:])
+    assert 3 <= step < 12 and f"stopped at step {step} of 12 (SIGUSR1)" in first.stdout
+    second = go(0)
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert (tmp_path / "scontrol").read_text().count("requeue") == 1
+    rows = read_jsonl(run / "history.jsonl")
+    assert [r["step"] for r in rows] == list(range(1, 13)) and latest(run).name == "step_00000012"
+    assert read_json(latest(run) / "state.json")["config"]["world"] == 2
+    for out in (first, second):  # one process writes, and in lines
+        assert "\r" not in out.stderr and out.stderr.count("one: ") <= 6, out.stderr
+
+
+def test_a_batch_file_that_fails_is_not_requeued(tmp_path):
+    (tmp_path / "srun").write_text("#!/bin/sh\nexit 2\n")
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\ntouch {tmp_path}/requeued\n")
+    for f in ("srun", "scontrol"):
+        (tmp_path / f).chmod(0o755)
+    out = subprocess.run(["bash", str(HERE.parent / "experiments" / "slurm.sbatch"), "data", "run"], env={**ENV, "PATH": f"{tmp_path}:{ENV['PATH']}", "SLURM_JOB_ID": "7"}, capture_output=True, text=True)
+    assert out.returncode == 2 and not (tmp_path / "requeued").exists()
