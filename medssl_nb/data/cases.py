@@ -400,7 +400,9 @@ def write_case(
     store(out, [(row['case'], files)])
     return row
 
-# %% ../../nbs/15_data.cases.ipynb #0fb623fa
+# %% ../../nbs/15_data.cases.ipynb #4ae2f5b8
+_JSON = json.JSONDecoder()
+
 def read_mark(
     path,        # `volumes/<case>.json`
 )->dict|None:    # `row`, and `stored`: bytes and sha256 of each volume; None if there is none, or if it is not whole
@@ -409,9 +411,9 @@ def read_mark(
     except FileNotFoundError: return None
     text,_,end = data.rpartition(b',\n "sum": "')
     if end != hashlib.sha256(text).hexdigest().encode() + b'"\n}\n': return None
-    at,out,dec = 0,{},json.JSONDecoder(); text = text.decode()
+    at,out,text = 0,{},text.decode()
     for k in ('row', 'stored'):                                    # the first two; thousands of places that follow need no parsing
-        out[k],at = dec.raw_decode(text, text.index(f'"{k}": ', at) + len(k) + 4)
+        out[k],at = _JSON.raw_decode(text, text.index(f'"{k}": ', at) + len(k) + 4)
     return out
 
 def damage(
