@@ -37,7 +37,7 @@ from .ingest import read_text
 from .privacy import quiet_readers, safe_traceback
 from .volume import Grid, ReadError, Volume, open_volume, orient, orient_grid, read_volume, reorient, resample, sha256_files, spaced_grid
 
-# %% ../../nbs/17_data.prepare.ipynb #6f5c364f
+# %% ../../nbs/17_data.prepare.ipynb #8d63281b
 @dataclass
 class PrepareConfig:
     "A manifest becomes volumes that load in milliseconds."
@@ -52,7 +52,7 @@ class PrepareConfig:
     percentiles:tuple[float,float]=(0.5,99.5)    # MRI, percentile: these become 0 and 1, clipped
     pet_percentile:float=99.9  # PET: 0 stays 0, this percentile of the foreground becomes 1, clipped
     foreground:Literal['auto','otsu','all']='auto'  # MRI and PET: what is not the constant background; brighter than Otsu's threshold; everything
-    crop:Literal['auto','on','off']='auto'  # cut to the foreground; auto: only cases that are all MRI
+    crop:Literal['auto','on','off','centred']='auto'  # cut to the foreground; auto: only cases that are all MRI; centred: alike on both sides of the middle, for volumes that lie in an atlas
     margin:int=4            # voxels kept around the foreground
     seg:str='seg'           # which label file is the segmentation
     label_values:tuple[int,...]|None=None  # values a segmentation may hold; None allows any whole number
@@ -125,7 +125,7 @@ def denormalise(
     "Back to the units of the file."
     return y*(rule['hi'] - rule['lo']) + rule['lo']
 
-# %% ../../nbs/17_data.prepare.ipynb #00c2b422
+# %% ../../nbs/17_data.prepare.ipynb #dc3c8ad1
 def target_grid(
     grid:Grid,       # of the file, in RAS
     dims:int,
@@ -144,13 +144,16 @@ def target_grid(
 def crop_box(
     mask:np.ndarray,   # `(D, H, W)` bool, what must stay
     margin:int,        # voxels
+    centred:bool=False,  # keep the middle of the volume in the middle (brainmvp.md, section 2.2)
 )->list:               # `[[start], [stop]]`
     "The smallest box around the mask, and a margin."
     if not mask.any(): return [[0]*mask.ndim, list(mask.shape)]
     out = []
     for a in range(mask.ndim):
         at = np.flatnonzero(mask.any(tuple(i for i in range(mask.ndim) if i != a)))
-        out.append((max(int(at[0]) - margin, 0), min(int(at[-1]) + 1 + margin, mask.shape[a])))
+        lo,hi = max(int(at[0]) - margin, 0),min(int(at[-1]) + 1 + margin, mask.shape[a])
+        if centred: lo = min(lo, mask.shape[a] - hi); hi = mask.shape[a] - lo
+        out.append((lo, hi))
     return [[lo for lo,_ in out], [hi for _,hi in out]]
 
 # %% ../../nbs/17_data.prepare.ipynb #02939519
@@ -197,7 +200,7 @@ def read_checked(
         if now != f['sha256']: raise ReadError('the file changed since it was ingested', 'the same bytes', 'ingest again', kind='changed')
     return read_volume(paths, f['format'], f.get('item'), f.get('channels'))
 
-# %% ../../nbs/17_data.prepare.ipynb #0fc7a402
+# %% ../../nbs/17_data.prepare.ipynb #484e20ae
 def read_label(
     row:dict, paths:dict, cfg:PrepareConfig,
     grid:Grid,      # of the images, in RAS
@@ -233,9 +236,9 @@ def build_case(
     x = resample(Volume(np.concatenate([vols[n].data for n in names]), ras, row['dims']), grid=to, order=cfg.order).data
     seg = None if label is None else resample(label, grid=to, order=0).data.astype(np.int32)
     box = [[0,0,0], list(to.shape)]
-    if cfg.crop == 'on' or cfg.crop == 'auto' and row['dims'] == 3 and not set(rules) & {'ct', 'pet', 'xr', 'he'}:
+    if cfg.crop in ('on', 'centred') or cfg.crop == 'auto' and row['dims'] == 3 and not set(rules) & {'ct', 'pet', 'xr', 'he'}:
         keep = resample(Volume(mask[None], ras, row['dims']), grid=to, order=0).data[0] > .5
-        box = crop_box(keep if seg is None else keep | (seg[0] != 0), cfg.margin)
+        box = crop_box(keep if seg is None else keep | (seg[0] != 0), cfg.margin, cfg.crop == 'centred')
     cut = (slice(None), *map(slice, *box))
     info = dict(inverse=dict(file_grid=file_grid.to_dict(), orientation=file_grid.orientation, dims=row['dims'], resampled_shape=list(to.shape), resampled_affine=to.affine.tolist(), crop=box),
                 intensity=rules, files={m: f['file'] for m,f in row['images'].items()}, warnings=warn)
