@@ -8,7 +8,7 @@ __all__ = ['TOLERANCE', 'Holder', 'leaving', 'Form', 'dynunet_form', 'monai_netw
            'nnunet_weights', 'nnunet_architecture', 'adaptation_plan', 'fit_patch', 'nnunet_plans', 'how_to',
            'write_nnunet', 'ExportConfig', 'norm_note', 'export']
 
-# %% ../nbs/91_export.ipynb #fe53d40f
+# %% ../nbs/91_export.ipynb #efa4d532
 import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .core import UserError, choose, disk_errors, read_json, sha256_file, write_json
-from .nets.nnunet import SLOPE, Convs
+from .nets.nnunet import SLOPE, ConvUnit, Row
 from .nets.registry import build_encoder
 from .nets.unet import conv_up
 from .tasks.supervised import card_norm
@@ -201,7 +201,7 @@ def load_monai(
     net = monai_network(name, args)
     return net,put(net, read_tensors(file))
 
-# %% ../nbs/91_export.ipynb #8640da96
+# %% ../nbs/91_export.ipynb #376c2b6c
 def nnunet_names(
     name:str,   # ours, e.g. `stages.0.0.convs.0.conv.weight`
 )->list:        # nnU-Net's, inside its encoder
@@ -218,7 +218,7 @@ def fresh_decoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         steps = range(1, len(w))
-        parts = nn.ModuleDict(dict(stages=nn.ModuleList(Convs(per, 2*w[-s-1], w[-s-1], enc.dims, enc.norm) for s in steps), transpconvs=nn.ModuleList(conv_up(enc.dims, w[-s], w[-s-1], 2, stride=2) for s in steps)))
+        parts = nn.ModuleDict(dict(stages=nn.ModuleList(Row('convs', ConvUnit, per, 2*w[-s-1], w[-s-1], enc.dims, enc.norm) for s in steps), transpconvs=nn.ModuleList(conv_up(enc.dims, w[-s], w[-s-1], 2, stride=2) for s in steps)))
         for m in parts.modules():
             if isinstance(m, (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)): nn.init.kaiming_normal_(m.weight, a=SLOPE); nn.init.zeros_(m.bias)
     return {n: v for k,v in parts.state_dict().items() for n in (nnunet_names(k) if k.startswith('stages') else [k])}

@@ -1,38 +1,25 @@
 """Out of the door: the command on a run, and nnU-Net's own package fine-tuning from the file.
 
-The slow part needs `nnunetv2` (`make test-all` installs it from requirements-nnunet.lock); without it the tests are skipped and say so.
+The slow part needs `nnunetv2` (`make test-all` installs it, into .venv-nnunet); without it the tests are skipped and say so.
 """
-import contextlib
 import importlib.util
-import io
 import json
 import os
-import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from medssl_nb.cli import main
 from medssl_nb.core import generator, read_json
 from medssl_nb.export import Holder, leaving, load_monai, monai_form
 from medssl_nb.nets.nnunet import PlainEncoder, ResEncEncoder
 from medssl_nb.nets.unet import UNetEncoder
 from medssl_nb.train.checkpoint import export_encoder, load_encoder
+from test_cli import medssl, write_prepared
 
 HAVE = importlib.util.find_spec("nnunetv2") is not None
-needs_nnunet = pytest.mark.skipif(not HAVE, reason="NO nnunetv2 HERE: nothing was checked with nnU-Net itself; pip install -r requirements-nnunet.lock")
-
-
-def medssl(*words):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main([str(w) for w in words])
-        except SystemExit as e:
-            code = e.code
-    return code, out.getvalue(), re.sub(r"\x1b\[[0-9;]*m", "", err.getvalue())
+needs_nnunet = pytest.mark.skipif(not HAVE, reason="NO nnunetv2 HERE: nothing was checked with nnU-Net itself; make nnunet, then run this file with .venv-nnunet/bin/python")
 
 
 def lived(enc, seed=0):
@@ -55,8 +42,6 @@ def encoders(tmp_path_factory):
 
 def test_a_run_leaves_by_every_door(tmp_path):
     "From prepared volumes through pre-training to the three exports, at the command line."
-    from test_cli import write_prepared
-
     data = write_prepared(tmp_path / "p", n=4)
     code, out, err = medssl("pretrain", data, "--method", "mae", "--preset", "small3d", "--task.region", 16, 16, 16, "--task.net", "plain", "--task.widths", 4, 8, 8, "-o", tmp_path / "r", "--train.steps", 2,
                             "--train.batch", 2, "--train.workers", 0, "--train.warmup", 0, "--train.tensorboard", "False", "--train.bar", "False")
