@@ -31,7 +31,7 @@ def cores(limit:int=8)->int:
     n = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return max(1, min(limit, n))
 
-# %% ../nbs/04_guard.ipynb #4880167c
+# %% ../nbs/04_guard.ipynb #8fe269ba
 def _serve(f, xs, pipe, parent):
     "A worker: gets numbers, sends results."
     die_with_parent(parent); signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -42,19 +42,24 @@ def _serve(f, xs, pipe, parent):
         except BaseException as e: pipe.send((False, f'{type(e).__name__}: {e}\n{traceback.format_exc()}'))
 
 class _Worker:
-    "One process, and the job it holds."
+    "One process, and the jobs it was given; it works on the first."
     def __init__(self, f, xs):
         ctx = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
-        self.pipe,theirs = ctx.Pipe(); self.job,self.since,self.alive = None,0.,False
+        self.pipe,theirs = ctx.Pipe(); self.jobs,self.since,self.alive = deque(),0.,False
         self.process = ctx.Process(target=_serve, args=(f, xs, theirs, os.getpid()), daemon=True); self.process.start(); theirs.close()
-    def give(self, k): self.job,self.since = k,time.monotonic(); self.pipe.send(k)
+    def give(self, k):
+        "One more job."
+        self.pipe.send(k)
+        if not self.jobs: self.since = time.monotonic()
+        self.jobs.append(k)
+    def done(self): self.since = time.monotonic(); return self.jobs.popleft()
     def stop(self):
         "End the process, however it is doing."
         self.pipe.close()
         if self.process.is_alive(): self.process.kill()
         self.process.join(10)
 
-# %% ../nbs/04_guard.ipynb #fe584907
+# %% ../nbs/04_guard.ipynb #f53f3301
 def guarded(
     f:Callable,            # one job -> a result that can be pickled
     xs:list,               # the jobs
@@ -76,34 +81,39 @@ def _here(f, x, tick): r = f(x); tick(); return r
 def _run(f, xs, jobs, n, timeout, tick, out, again):
     "Give `jobs` to `n` workers; jobs whose worker died go to `again`, or are lost where that is None."
     todo = deque(jobs); team = [_Worker(f, xs) for _ in range(n)]
-    def renew(w): w.stop(); team.remove(w); team.append(_Worker(f, xs)) if todo else None
+    def renew(w):
+        "Another worker for one that is gone; what it had not begun goes back."
+        w.stop(); team.remove(w); todo.extendleft(reversed(w.jobs))
+        if todo: team.append(_Worker(f, xs))
     try:
         while True:
             for w in list(team):
-                if w.job is None and todo:
-                    try: w.give(todo[0]); todo.popleft()
-                    except OSError: renew(w)                                   # it was ended while it had nothing to do
-            busy = {w.pipe: w for w in team if w.job is not None}
+                try:
+                    while todo and len(w.jobs) < max(1, min(16, len(todo)//(4*n))): w.give(todo[0]); todo.popleft()
+                except OSError: renew(w)                                       # it was ended while it had nothing to do
+            busy = {w.pipe: w for w in team if w.jobs}
             if not busy:
                 if todo: continue
                 break
             first = min(w.since for w in busy.values()) + timeout - time.monotonic()
-            for pipe in wait(list(busy), max(0, first)):
-                w = busy[pipe]; k = w.job
-                try: got = pipe.recv()
-                except (EOFError, OSError):                                    # the process is gone
-                    if not w.alive: raise RuntimeError("worker processes cannot start here: put the call below `if __name__ == '__main__':`, or use workers=0")
-                    w.process.join(10); renew(w)
-                    if again is not None: again.append(k)
-                    else: out[k] = Lost('crashed', f'the program that reads it was ended by the system ({_cause(w.process.exitcode)}), twice'); tick()
-                    continue
-                if got is None: w.alive,w.since = True,time.monotonic(); continue
-                if not got[0]: raise RuntimeError(f'in a worker process: {got[1]}')
-                out[k],w.job = got[1],None; tick()
-            late = [w for w in team if w.job is not None and time.monotonic() - w.since > timeout]
-            for w in late: out[w.job] = Lost('hanging', f'it could not be read within {timeout:g} s'); tick(); renew(w)
+            for pipe in wait(list(busy), max(0, first)): _hear(busy[pipe], out, again, tick, renew)
+            for w in [w for w in team if w.jobs and time.monotonic() - w.since > timeout]:
+                out[w.done()] = Lost('hanging', f'it could not be read within {timeout:g} s'); tick(); renew(w)
     finally:
         for w in team: w.stop()
+
+def _hear(w, out, again, tick, renew):
+    "What came through the pipe of a worker."
+    try: got = w.pipe.recv()
+    except (EOFError, OSError):                                                # the process is gone
+        if not w.alive: raise RuntimeError("worker processes cannot start here: put the call below `if __name__ == '__main__':`, or use workers=0")
+        k = w.done(); w.process.join(10)
+        if again is not None: again.append(k)
+        else: out[k] = Lost('crashed', f'the program that reads it was ended by the system ({_cause(w.process.exitcode)}), twice'); tick()
+        renew(w); return
+    if got is None: w.alive,w.since = True,time.monotonic(); return
+    if not got[0]: raise RuntimeError(f'in a worker process: {got[1]}')
+    out[w.done()] = got[1]; tick()
 
 def _cause(code):
     "An exit code in words."
