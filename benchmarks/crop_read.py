@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 from scipy.ndimage import zoom
 
-from medssl_nb.data.cases import Cases, Prepared, pack, read_array, write_case, write_index
+from medssl_nb.data.cases import Cases, Prepared, read_array, write_case, write_index
 from medssl_nb.data.volume import Grid, write_nifti
 
 HEAD,CHEST = (155,240,240),(300,512,512)      # (d, h, w)
