@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['T', 'PretrainConfig', 'train_defaults', 'settings', 'fingerprint', 'choose_cases', 'pretrain', 'normalisation']
 
-# %% ../nbs/59_pretrain.ipynb #415729c0
+# %% ../nbs/59_pretrain.ipynb #ca19bfac
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
@@ -21,14 +21,14 @@ from .tasks.supervised import card_norm
 from .tasks.registry import METHODS, PRESETS, load_task, task_config
 from .train.trainer import TrainConfig, train
 
-# %% ../nbs/59_pretrain.ipynb #095eaec6
+# %% ../nbs/59_pretrain.ipynb #670abecb
 T = TypeVar('T')
 
 @dataclass
 class PretrainConfig(Generic[T]):
     "Pre-train an encoder on prepared volumes."
     task:T                       # settings of the method
-    method:str='pcrlv2'          # mae, pcrlv2
+    method:str='pcrlv2'          # mae, pcrlv2, brainmvp
     preset:str='3d'              # 3d and 2d: the specification; small3d, small2d: for lessons and laptops
     data:Path|None=None          # prepared folder, from `medssl prepare`
     out:Path|None=None           # run folder; continued if it exists
@@ -44,10 +44,13 @@ def train_defaults(
     preset:str,   # of its settings
 )->TrainConfig:
     "How the paper trained it; small presets: what a laptop finishes in minutes."
+    if name == 'brainmvp' and preset.startswith('small'): return TrainConfig(steps=400, batch=8, lr=3e-3, optimizer='adamw', warmup=20, save_every=100, weight_decay=1e-5, lr_scale={'templates': 3.})
     if preset.startswith('small'): return TrainConfig(steps=400, batch=8, lr=1e-3, optimizer='adamw', warmup=20, save_every=100)
     if name == 'pcrlv2':  # specification, section 5: 240 epochs of 9 968 pairs of volumes (batch 32) or 78 468 radiographs (batch 64); decision 4 on the rate
         steps,batch,lr = dict([('3d', (240*(9968//32), 32, 1e-3)), ('2d', (240*(78468//64), 64, 1e-2))])[preset]
         return TrainConfig(steps=steps, batch=batch, lr=lr, optimizer='sgd', momentum=.9, weight_decay=1e-4)
+    if name == 'brainmvp':  # specification, section 5: 1500 epochs of 3 755 cases, 24 a step
+        return TrainConfig(steps=1500*(3755//24), batch=3, accum=8, lr=3e-4, optimizer='adamw', weight_decay=1e-5)
     # He et al. 2022: AdamW, betas .9 and .95, weight decay .05, warm-up of 5 %, rate 1.5e-4 for 256 images
     return TrainConfig(steps=100_000, batch=32, lr=1.5e-4, optimizer='adamw', weight_decay=.05, warmup=5000)
 
@@ -92,20 +95,22 @@ def choose_cases(
     if not rows: raise UserError('every case is left out', 'cases to learn from', '--leave-out with fewer splits')
     return rows
 
-# %% ../nbs/59_pretrain.ipynb #224993ac
+# %% ../nbs/59_pretrain.ipynb #b4fb9edc
 def pretrain(
     cfg:PretrainConfig,
 )->dict:            # `out`: the run folder; `history`: rows
     "Prepared volumes -> a run with checkpoints and an encoder."
     if cfg.data is None: raise UserError('no data', 'a prepared folder', 'medssl pretrain PREPARED -o runs/NAME')
     if cfg.out is None: raise UserError('no place to write', '--out runs/NAME')
+    prepared = Prepared(cfg.data)
+    dims = len(cfg.task.region)
+    if cfg.dims not in (None, dims): raise UserError(f'--dims {cfg.dims} with preset {cfg.preset!r}', f'{dims}', 'choose the preset that fits')
+    rows = choose_cases(prepared, dims, cfg)
+    # some methods are shaped by what there is: a template for each sequence
+    if hasattr(cfg.task, 'for_data'): cfg = replace(cfg, task=cfg.task.for_data(rows, cfg.channels))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(cfg.train.seed, 0, 0, 'weights'))      # the first weights follow from the seed, whatever was drawn before
         task = load_task(cfg.method, cfg.task)
-    prepared = Prepared(cfg.data)
-    dims = len(task.region)
-    if cfg.dims not in (None, dims): raise UserError(f'--dims {cfg.dims} with preset {cfg.preset!r}', f'{dims}', 'choose the preset that fits')
-    rows = choose_cases(prepared, dims, cfg)
     cases = Cases(prepared, rows, channels=cfg.channels or task.channels, region=task.region)
     facts = fingerprint(rows)
     print(f'{cfg.method} ({cfg.preset}) on {facts["cases"]} cases of {facts["subjects"]} subjects, channels {", ".join(cases.channels)}; '
@@ -113,6 +118,8 @@ def pretrain(
     # the network sees a share of a case's channels or all of them: both belong to the encoder's description
     card = dict(data=facts, preset=cfg.preset, input=card_norm(vars(task.cfg)), normalisation=normalisation(prepared, rows), channels_seen=list(cases.channels), left_out=list(cfg.leave_out))
     history = train(task, cases, cfg.train, cfg.out, method=cfg.method, card=card, resume=cfg.resume, config=cfg)
+    lead = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    if hasattr(task, 'export') and lead and len(history) == cfg.train.steps: task.export(Path(cfg.out), rows)
     return dict(out=Path(cfg.out), history=history, task=task)
 
 def normalisation(prepared, rows)->dict:
