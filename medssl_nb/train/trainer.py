@@ -84,7 +84,7 @@ def check_config(
     lr_at(0, cfg.steps, cfg.lr, cfg.warmup)
     return cfg
 
-# %% ../../nbs/52_train.trainer.ipynb #ae766452
+# %% ../../nbs/52_train.trainer.ipynb #ee5df575
 class RowAdamW(torch.optim.AdamW):
     "AdamW in which a row with a sparse gradient moves when it is used, by its own count of steps."
     @torch.no_grad()
@@ -96,9 +96,9 @@ class RowAdamW(torch.optim.AdamW):
         return out
     def rows(self, p, grad, group):
         st,i,g = self.state[p],grad.indices()[0],grad.values()
-        if not st: st.update(row_step=torch.zeros(len(p), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        if not st: st.update(step=torch.tensor(0.), row_step=torch.zeros(len(p), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         (b1,b2),lr = group['betas'],group['lr']
-        st['row_step'][i] += 1; t = st['row_step'][i].view(-1, *[1]*(p.ndim-1))
+        st['step'] += 1; st['row_step'][i] += 1; t = st['row_step'][i].view(-1, *[1]*(p.ndim-1))
         m,v = st['exp_avg'][i].lerp(g, 1-b1),st['exp_avg_sq'][i].mul(b2).addcmul(g, g, value=1-b2)
         st['exp_avg'][i],st['exp_avg_sq'][i] = m,v
         decay = lr*group['weight_decay'] if group.get('decoupled_weight_decay', True) else 0.
