@@ -79,3 +79,6 @@ def main(
         if args[0] not in QUOTING: raise
         from medssl_nb.data.privacy import safe_traceback
         print(safe_traceback(e), file=sys.stderr); return 1
+
+# %% ../nbs/90_cli.ipynb #877c64aa
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())   # not in a notebook
