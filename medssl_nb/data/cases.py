@@ -749,7 +749,7 @@ class StepSampler:
         if self.steps is None: raise TypeError('endless: give `steps`')
         return max(self.steps - self.start, 0)*self.accum
 
-# %% ../../nbs/15_data.cases.ipynb #d447e23a
+# %% ../../nbs/15_data.cases.ipynb #a9c936d0
 class _Reader(torch.utils.data.Dataset):
     "Read and stack inside the worker; errors travel as values."
     def __init__(self, cases): self.cases = cases
@@ -784,7 +784,8 @@ class Loader:
                 yield b
                 t = time.perf_counter()
         finally:
-            it = dl = None           # ends the workers, before their deaths are listened to again
+            if self.workers: it._shutdown_workers()   # before their deaths are listened to again; by name, since a traceback somewhere may still hold the iterator
+            it = dl = None
             self._on_death(torchs)
     def _on_death(self, what):
         "PyTorch raises at the instant a worker dies, wherever the main thread is, be it between two halves of an optimiser step. Here it may do so only while a batch is waited for."

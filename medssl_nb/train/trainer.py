@@ -8,7 +8,7 @@ __all__ = ['SKIPS', 'RESERVED', 'FREE', 'RESUME', 'TrainConfig', 'check_config',
            'replay', 'History', 'run_lock', 'Stopped', 'Stopper', 'out_of_memory', 'trouble', 'differing', 'restore',
            'case_loader', 'scalar_log', 'train', 'progress', 'loop']
 
-# %% ../../nbs/52_train.trainer.ipynb #0a65c834
+# %% ../../nbs/52_train.trainer.ipynb #4ab88f48
 import copy
 import errno
 import json
@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from ..config import save_yaml, to_dict
-from ..core import UserError, choose, disk_errors, generator, read_json, write_json, write_jsonl
+from ..core import UserError, choose, die_with_parent, disk_errors, generator, read_json, write_json, write_jsonl
 from ..nets.heads import share_batchnorm
 from ..tasks.base import to_device
 from .checkpoint import export_encoder, fit_exactly, latest, load_checkpoint, method_of, own, prune, read_tensors, save_checkpoint, task_state, tidy
@@ -127,7 +127,7 @@ def make_optimizer(
     if cfg.optimizer == 'sgd': return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, **one)
     return dict(adam=torch.optim.Adam, adamw=RowAdamW if rows else torch.optim.AdamW)[cfg.optimizer](groups, lr=cfg.lr, betas=(cfg.momentum, .999), **one)
 
-# %% ../../nbs/52_train.trainer.ipynb #5241a982
+# %% ../../nbs/52_train.trainer.ipynb #7fa44191
 def device_of(
     cfg:TrainConfig,
 )->str:              # 'cpu', 'cuda' or 'mps'
@@ -156,6 +156,7 @@ def make_fabric(
     from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
     kind = device_of(cfg)
     if TorchElasticEnvironment.detect():
+        die_with_parent(os.getppid())       # torchrun gives each process a session of its own: a kill of torchrun alone would leave them running, with the lock of the run
         local,world = int(os.environ.get('LOCAL_WORLD_SIZE', 1)),int(os.environ['WORLD_SIZE'])
         cfg = replace(cfg, devices=local, nodes=max(world//local, 1))
     elif SLURMEnvironment.detect(): cfg = replace(cfg, **slurm())
