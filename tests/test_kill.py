@@ -482,5 +482,50 @@ def test_killed_at_every_file_operation(tmp_path, scenario):
     assert said["died"] == said["operations"] > 60, said
 
 
+COMMAND = dict(pretrain="workers", torchrun="ddp", finetune="finetune", prepare="prepare2")
+
+
+def at_the_command_line(command, root, kills, seed=0):
+    "The installed program in processes of its own, killed at any moment from its first instruction to its last."
+    scenario, dice, log = COMMAND[command], random.Random(seed), root / "log.txt"
+    words, out = [str(w) for w in setup(scenario, root)], root / "out"
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "medssl_nb.cli"] if command == "torchrun" else [str(Path(sys.executable).parent / "medssl")]
+
+    def life(until=None):
+        with open(log, "a") as f:
+            p = subprocess.Popen([*start, *words], stdout=f, stderr=f, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        try:
+            return p.wait(until)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            slay(p.pid)
+            p.wait()
+
+    t = time.monotonic()
+    assert life() == 0, log.read_text()[-3000:]
+    total, want, died = time.monotonic() - t, content(out), 0
+    shutil.rmtree(out)
+    while died < kills:
+        status = life(total * dice.random())
+        died += status is None
+        assert status in (None, 0), log.read_text()[-3000:]
+        whole(out) if out.exists() else None
+        if status == 0 and died < kills:
+            shutil.rmtree(out)
+    assert life() == 0, log.read_text()[-3000:]
+    assert not (odd := same(want, content(out))), odd
+
+
+def test_the_installed_program_is_killed(tmp_path):
+    at_the_command_line("pretrain", tmp_path, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMAND)
+def test_the_installed_program_is_killed_more_often(tmp_path, command):
+    at_the_command_line(command, tmp_path, 4, seed=1)
+
+
 if __name__ == "__main__":
     enumerate_operations(sys.argv[1], sys.argv[2], int(sys.argv[4]), int(sys.argv[5])) if sys.argv[3] == "operations" else nursery(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
