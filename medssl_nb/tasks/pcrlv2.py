@@ -311,7 +311,7 @@ def beta_at(
     "From 1 to 0 over the run: coarse levels are asked for voxels early, and less and less."
     return 1. if kind == 'constant' else .5*(1 + math.cos(math.pi*progress))
 
-# %% ../../nbs/42_tasks.pcrlv2.ipynb #92ee0fb2
+# %% ../../nbs/42_tasks.pcrlv2.ipynb #63c672b9
 def make_views(
     cfg:PCRLv2Config,
     S:int,       # levels of the pyramid
@@ -320,8 +320,9 @@ def make_views(
 )->dict:         # x1, x2 `(B, C, *size)`; local `(V*B, C, *local_size)`, view-major; target: one per restored view; levels; beta; boxes; failed
     "Two global views, V local ones, the clean targets, and what will be asked."
     x = pick_channels(cfg, batch, gen); B,V = len(x),cfg.n_local
-    x,fill = beyond(x, batch['valid']) if cfg.outside == 'minimum' else (x, 0.)
-    pair,local,failed = crop_boxes(cfg, x, batch['valid'], gen, fill)
+    valid = batch['valid'].cpu()
+    x,fill = beyond(x, valid) if cfg.outside == 'minimum' else (x, 0.)
+    pair,local,failed = crop_boxes(cfg, x, valid, gen, fill)
     mm = batch.get('spacing')
     clean,small = take(cfg, x, pair, cfg.size, gen, mm, fill),take(cfg, x, local, cfg.local_size, gen, mm, fill)
     target = aim(cfg, clean).unflatten(0, (B,2))
