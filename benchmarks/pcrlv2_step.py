@@ -6,9 +6,11 @@
 
 The literal form (`Literal` below) is written from the specification alone: every view goes through the whole decoder, all restoration
 heads and the final map, up-sampling and convolution stay apart, twelve comparisons run in a loop, and what is not needed is thrown away.
-Both forms use the same modules, weights, views and drawn levels; they give the same loss (asserted here) and the same gradients
-(asserted in nbs/42_tasks.pcrlv2.ipynb). `half64` runs both under bfloat16 autocast. Steps alternate, literal and ours, so that a busy machine is busy for both. The ratio uses
-CPU seconds of the process where one thread works, wall seconds otherwise. Peak memory is that of a process of its own.
+Both forms use the same modules, weights, views and drawn levels, the same precision and the same memory layout; they give the same loss (asserted here) and the same gradients
+(asserted in nbs/42_tasks.pcrlv2.ipynb). The views are noise in their shapes, made outside the clock: making real ones is measured in views.py. The 3-D head is the authors' `bounded` one, the 2-D head the paper's.
+`half64` runs both under bfloat16 autocast, `layout64` both in channels_last. Steps alternate, literal and ours, on the same views, so that a busy machine is busy for both; the ratio is the median over steps of
+the paired ratio, in CPU seconds of the process where one thread works, wall seconds otherwise. The first step of each form warms up and is not counted (96^3: one step, counted). Peak memory is that of a process of its own.
+`macs` counts multiplications of the forward pass: the floor that the ratio could reach if every multiplication cost the same and everything else nothing.
 """
 import argparse, json, os, platform, subprocess, sys, time
 from pathlib import Path
@@ -18,7 +20,8 @@ ap.add_argument('--device', default='cpu')
 ap.add_argument('--threads', type=int, default=1)
 ap.add_argument('--cases', type=int, default=2, help='per step; batch norm over pooled vectors needs two')
 ap.add_argument('--steps', type=int, default=3, help='timed steps of each form')
-ap.add_argument('--parts', nargs='*', default=['time64', 'memory64', 'half64', 'views', 'time96', 'memory96', 'time2d', 'memory2d'])
+ap.add_argument('--parts', nargs='*', default=['macs', 'profile', 'time64', 'memory64', 'half64', 'layout64', 'time2d', 'memory2d', 'views', 'time96', 'memory96'])
+ap.add_argument('--forms', nargs='*', default=['literal', 'ours', 'ours_unmerged', 'ours_one_level'], help='what is timed; literal always')
 ap.add_argument('--out', default=str(Path(__file__).with_suffix('.json')))
 ap.add_argument('--child', help=argparse.SUPPRESS)
 ap.add_argument('--form', help=argparse.SUPPRESS)
@@ -79,8 +82,15 @@ def timing(part):
     from dataclasses import replace
     cfg = config(part); steps = 1 if '96' in part and a.device == 'cpu' else a.steps
     forms = dict(literal=cfg, ours=cfg, ours_unmerged=replace(cfg, merge=False), ours_one_level=replace(cfg, draws='one'))
-    if '96' in part or part.startswith('half'): forms = dict(literal=cfg, ours=cfg)
-    made = {k: make(c, k) for k,c in forms.items()}; t = {k: [] for k in forms}; losses = {}
+    if '96' in part or part.startswith(('half', 'layout')): forms = dict(literal=cfg, ours=cfg)
+    forms = {k: c for k,c in forms.items() if k == 'literal' or k in a.forms}
+    made = {k: make(c, k) for k,c in forms.items()}; t = {k: [] for k in forms}; losses = {}; load = os.getloadavg()[0]
+    def lay(x):
+        if isinstance(x, list): return [lay(y) for y in x]
+        if not part.startswith('layout') or not torch.is_tensor(x) or x.ndim not in (4,5): return x
+        return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+    for task,_,_ in made.values():
+        for p in task.parameters(): p.data = lay(p.data)
     def step(k, v):
         task,run,opt = made[k]; sync(); t0 = clock()
         with torch.autocast(a.device, torch.bfloat16, enabled=part.startswith('half')): loss = run(v)
@@ -89,13 +99,44 @@ def timing(part):
     warm = not ('96' in part and a.device == 'cpu')
     for i in range(steps + warm):
         for k in forms:
-            s,l = step(k, random_views(forms[k], made[k][0].S, i)); losses[k] = l
+            v = random_views(forms[k], made[k][0].S, i); s,l = step(k, v if not part.startswith('layout') else {n: lay(x) if n != 'levels' else x for n,x in v.items()}); losses[k] = l
             if i or not warm: t[k].append(s)
         if i == 0: assert abs(losses['literal'] - losses['ours']) < (.02 if part.startswith('half') else 1e-4), losses
         if i == 0: first = dict(losses)
-    mean = {k: sum(x)/len(x) for k,x in t.items()}
-    return dict(size=cfg.size, cases=a.cases, steps=steps, seconds={k: round(x, 3) for k,x in mean.items()}, ratio={k: round(x/mean['literal'], 3) for k,x in mean.items() if k != 'literal'},
-        first_loss={k: round(first[k], 6) for k in ('literal','ours')})
+    med = lambda x: sorted(x)[len(x)//2] if len(x) % 2 else sum(sorted(x)[len(x)//2-1:][:2])/2
+    pairs = {k: [y/z for y,z in zip(x, t['literal'])] for k,x in t.items() if k != 'literal'}
+    return dict(size=cfg.size, cases=a.cases, head=cfg.head, net=cfg.net, layout='channels_last' if part.startswith('layout') else 'contiguous', precision='bfloat16 autocast' if part.startswith('half') else 'float32', views='noise',
+        steps=steps, warm_up=int(warm), date=time.strftime('%Y-%m-%d'), load_average=[round(load, 1), round(os.getloadavg()[0], 1)], seconds={k: round(med(x), 3) for k,x in t.items()}, ratio={k: round(med(x), 3) for k,x in pairs.items()},
+        ratio_of_each_step={k: [round(y, 3) for y in x] for k,x in pairs.items()}, first_loss={k: round(first[k], 6) for k in ('literal','ours')})
+
+def macs(_):
+    "Multiplications of the forward pass, by counting what each convolution does."
+    from torch.utils.flop_counter import FlopCounterMode
+    out = {}
+    for name,part in (('3d_64','time64'), ('2d','time2d')):
+        cfg = config(part); out[name] = {}
+        for form in ('literal','ours'):
+            task,run,_ = make(cfg, form); v = random_views(cfg, task.S, 0)
+            v['levels'] = dict(pair=[task.S-1], mid=[task.S-1], local=[[[task.S-1]]*2]*cfg.n_local)     # the finest level everywhere: the dearest draw, and in 3-D nearly every draw
+            with FlopCounterMode(display=False) as count: run(v).backward()
+            out[name][form] = round(count.get_total_flops()/2e9, 1)
+        out[name]['ratio'] = round(out[name]['ours']/out[name]['literal'], 3)
+    return dict(what='billions of multiply-adds in convolutions and matrix products, forward and backward, all views, finest level asked everywhere', cases=a.cases, **out)
+
+def profile(_):
+    "Seconds of one step by kind of work (torch.profiler, wall clock: only worth reading on a quiet machine)."
+    from torch.profiler import profile as watch
+    kinds = dict(convolution=('convolution',), norm=('batch_norm',), relu=('threshold', 'clamp_min'), pool=('max_pool',), copies=('copy_', 'fill_', 'cat'), sums=('aten::sum', 'aten::add', 'aten::mul', 'aten::div'), matrix=('aten::mm', 'aten::bmm'))
+    cfg = config('time64'); out = {}
+    for form in ('literal', 'ours'):
+        task,run,opt = make(cfg, form)
+        with watch() as p: run(random_views(cfg, task.S, 0)).backward(); opt.step()
+        row = {}
+        for e in p.key_averages():
+            kind = next((k for k,words in kinds.items() if any(w in e.key for w in words)), 'other')
+            row[kind] = row.get(kind, 0) + e.self_cpu_time_total/1e6
+        out[form] = {k: round(x, 2) for k,x in sorted(row.items(), key=lambda r: -r[1])}
+    return dict(size=cfg.size, cases=a.cases, steps=1, load_average=round(os.getloadavg()[0], 1), seconds=out)
 
 def rss(key):
     return next(int(l.split()[1])/1024 for l in open('/proc/self/status') if l.startswith(key))
@@ -138,14 +179,14 @@ def views(_):
     return dict(cases=B, region=cfg.region, seconds={k: round(v, 3) for k,v in m.items()}, ratio=round(m['ours']/m['torchio'], 3))
 
 def child(part, form=''):
-    cmd = [sys.executable, __file__, '--child', part, '--form', form, '--device', a.device, '--threads', str(a.threads), '--cases', str(a.cases), '--steps', str(a.steps)]
+    cmd = [sys.executable, __file__, '--child', part, '--form', form, '--device', a.device, '--threads', str(a.threads), '--cases', str(a.cases), '--steps', str(a.steps), '--forms', *a.forms]
     # give freed blocks back at once, so that the peak is what was needed and not what the allocator kept
     r = subprocess.run(cmd, capture_output=True, text=True, env=os.environ | (dict(MALLOC_MMAP_THRESHOLD_='262144') if form else {}))
     if r.returncode: raise SystemExit(r.stderr)
     return json.loads(r.stdout.splitlines()[-1])
 
 if a.child:
-    print(json.dumps(memory(a.child, a.form) if a.form else views(0) if a.child == 'views' else timing(a.child)))
+    print(json.dumps(memory(a.child, a.form) if a.form else dict(views=views, macs=macs, profile=profile).get(a.child, timing)(a.child)))
 else:
     out = Path(a.out); res = json.loads(out.read_text()) if out.exists() else {}
     here = res.setdefault(a.device, {})
