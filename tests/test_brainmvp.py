@@ -1,0 +1,173 @@
+"""BrainMVP as a user runs it: prepared cases with different sequences, a run with sparse templates that is cut and continued, its templates on disk, a network that is fine-tuned with them."""
+import math
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from medssl_nb.core import UserError
+
+SEQS = (["t1", "t2", "flair"], ["t1", "t2"], ["t1", "t1c", "t2", "flair", "dwi", "adc"], ["t2"], ["t1", "flair"])
+
+
+def prepared(dir, spec=SEQS, shape=(20, 22, 18)):
+    "Small volumes in the store's form, with two, six, three and single sequences."
+    from medssl_nb.data.cases import write_case, write_index
+
+    for i, chans in enumerate(spec):
+        rng = np.random.default_rng(i)
+        z = np.linspace(0, 1, shape[0])[:, None, None] * np.ones(shape)
+        x = np.stack([np.clip((z if k % 2 else 1 - z) + 0.1 * rng.standard_normal(shape), 0, 1) for k, _ in enumerate(chans)])
+        row = dict(case=f"c-{i}", subject=f"s-{i}", session="1", split=None, group="", dims=3, channels=list(chans), spacing=[2.0, 1.0, 1.0], labels={}, fingerprint=str(i))
+        write_case(dir, row, x)
+    write_index(dir)
+    return Path(dir)
+
+
+def config(data, out, steps=6, **task):
+    from medssl_nb.pretrain import PretrainConfig
+    from medssl_nb.tasks.brainmvp import BrainMVPConfig
+    from medssl_nb.train.trainer import TrainConfig
+
+    t = BrainMVPConfig.small3d(**{**dict(widths=(8, 16), depths=(1, 1), head_width=8, region=(16, 16, 16), sparse="yes"), **task})
+    train = TrainConfig(steps=steps, batch=3, lr=1e-3, device="cpu", workers=0, save_every=3, keep=0, tensorboard=False, bar=False, clip=0.5, lr_scale={"templates": 10.0} if t.w_template else {})
+    return PretrainConfig[BrainMVPConfig](task=t, method="brainmvp", preset="small3d", data=data, out=out, train=train)
+
+
+def run(cfg):
+    from medssl_nb.pretrain import pretrain
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pretrain(cfg)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return prepared(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    return run(config(data, tmp_path_factory.mktemp("runs") / "whole"))
+
+
+def test_a_mixture_of_sequence_sets_trains(whole):
+    rows, task = whole["history"], whole["task"]
+    assert len(rows) == 6 and all(math.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in rows)
+    assert task.channels == ("t1", "t1c", "t2", "flair", "dwi", "adc") and task.cfg.atlas == (20, 22, 18)
+    assert rows[0]["cross"] == 0 and rows[-1]["cross"] > 0  # warm-up, then pairs
+    assert rows[0]["contrast"] == 0 and rows[-1]["contrast"] > 0
+    assert task.templates.weight.abs().max() > 0
+
+
+def test_a_cut_run_continues_bit_for_bit(whole, data, tmp_path):
+    import shutil
+
+    shutil.copytree(whole["out"] / "checkpoints" / "step_00000003", tmp_path / "cut" / "checkpoints" / "step_00000003")
+    again = run(config(data, tmp_path / "cut"))
+    for (n, a), (_, b) in zip(whole["task"].state_dict().items(), again["task"].state_dict().items()):
+        assert torch.equal(a, b), n
+
+
+def test_sparse_and_dense_templates_take_the_same_first_step(data, tmp_path):
+    "Only the first: afterwards the dense form moves rows that nobody used, by their momentum."
+    a, b = (run(config(data, tmp_path / s, 1, sparse=s)) for s in ("yes", "no"))
+    assert a["history"][0]["loss"] == b["history"][0]["loss"] and a["history"][0]["grad_norm"] == pytest.approx(b["history"][0]["grad_norm"], rel=1e-5)
+    # clipping scaled the rows, too; a step of Adam is blind to scale, the decay of used rows is not felt at zero
+    assert torch.allclose(a["task"].templates.weight, b["task"].templates.weight, atol=1e-5)
+
+
+def test_templates_lie_in_the_run_as_the_encoder_saw_them(whole):
+    import nibabel as nib
+
+    from medssl_nb.tasks.brainmvp import load_templates
+
+    names, t = load_templates(whole["out"] / "templates")
+    assert names == whole["task"].channels and torch.equal(t, whole["task"].templates.volumes())
+    assert 0 <= t.min() and t.max() <= 1 and t.max() > 0
+    im = nib.load(whole["out"] / "templates" / "flair.nii.gz")
+    assert im.shape == (18, 22, 20) and [float(z) for z in im.header.get_zooms()] == [1.0, 1.0, 2.0] and nib.aff2axcodes(im.affine) == ("R", "A", "S")
+
+
+def test_the_encoder_goes_on_with_its_templates(whole):
+    "Export -> another number of channels -> a segmentation that fills what is missing."
+    from medssl_nb.core import generator
+    from medssl_nb.nets.registry import build_encoder
+    from medssl_nb.tasks.base import check_task
+    from medssl_nb.tasks.brainmvp import load_templates
+    from medssl_nb.tasks.missing import MissingConfig, SegmentMissing, in_order, predict_missing
+    from medssl_nb.train.checkpoint import load_encoder, load_into
+
+    enc, card = load_encoder(whole["out"])
+    assert card["input"] == "none" and card["method"] == "brainmvp"
+    new = build_encoder({**enc.spec(), "in_channels": 2})
+    report = load_into(new, enc.state_dict(), "divide")
+    x = torch.rand(1, 1, 16, 16, 16, generator=generator(0))
+    with torch.no_grad():  # property 32: one image, twice, divided by two, is the image
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(enc.eval()(x), new.eval()(x.expand(-1, 2, -1, -1, -1)))) and report.share == 1
+    t = in_order(*load_templates(whole["out"] / "templates"), ("t2", "flair"))
+    task = SegmentMissing(new, MissingConfig(region=(16, 16, 16), values=(1,), deep=1), t)
+    x = torch.rand(2, 2, 16, 16, 16, generator=generator(1))
+    batch = dict(image=x, present=torch.tensor([[True, True], [False, True]]), label=(x[:, :1] > 0.7).long(), start=torch.tensor([[2, 3, 0]] * 2), full=torch.tensor([[20, 22, 18]] * 2), progress=0.5)
+    assert set(check_task(task, batch, steps=1)) == {"seg", "seg1", "consistency"}
+    assert predict_missing(task, torch.rand(2, 20, 22, 18), torch.tensor([True, False])).shape == (1, 20, 22, 18)
+
+
+@pytest.mark.parametrize(
+    "spec, task, says",
+    [
+        ([["t1"], ["t2"], ["flair"]], {}, "none of 3 cases has two aligned sequences"),
+        (SEQS, dict(atlas=(16, 22, 18)), "5 of 5 cases are larger than the atlas (16, 22, 18)"),
+        (SEQS, dict(sequences=("mra", "pd")), "none of the sequences mra, pd is in the data"),
+    ],
+)
+def test_bad_data_is_refused_before_a_network_is_built(spec, task, says, tmp_path):
+    with pytest.raises(UserError, match=says.replace("(", r"\(").replace(")", r"\)")):
+        run(config(prepared(tmp_path / "d", spec), tmp_path / "run", **task))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line_says_which_sequence_was_meant(data, tmp_path):
+    out = subprocess.run([str(Path(sys.executable).parent / "medssl"), "pretrain", str(data), "--out", str(tmp_path / "r"), "--method", "brainmvp", "--preset", "small3d", "--task.sequences", "t1ce", "t2"], capture_output=True, text=True, timeout=120)
+    assert out.returncode and "did you mean 't1c'?" in " ".join((out.stdout + out.stderr).replace("│", " ").split())
+
+
+GLOO = """
+import os, sys, warnings, torch, torch.distributed as dist
+warnings.simplefilter('ignore'); torch.set_num_threads(1)
+from medssl_nb.core import generator
+from medssl_nb.tasks.brainmvp import BrainMVP, BrainMVPConfig
+rank, world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+dist.init_process_group('gloo')
+torch.manual_seed(0)
+task = BrainMVP(BrainMVPConfig.small3d(net='residual', widths=(8,16), depths=(1,1), region=(8,8,8), sequences=('t1','t2','flair'), atlas=(12,12,12), template_warmup=0., contrast_from=0., sparse='yes', temp=.5))
+task.templates.weight.data.uniform_(generator=generator(0))
+B = 4
+batch = dict(image=torch.rand(B,3,8,8,8, generator=generator(1)), present=torch.ones(B,3).bool(), start=torch.tensor([[i,1,2] for i in range(B)]), full=torch.full((B,3), 12), progress=.5)
+views = task.views(batch, generator(2))
+n = B//world; mine = slice(rank*n, rank*n+n)
+views = {k: v[mine] if torch.is_tensor(v) else v for k, v in views.items()}
+model = torch.nn.parallel.DistributedDataParallel(task) if world > 1 else task
+sum(task.losses(model(views), views).values()).backward()
+if rank == 0: torch.save({k: p.grad.to_dense() if p.grad.is_sparse else p.grad for k, p in task.named_parameters()}, sys.argv[1])
+dist.barrier(); dist.destroy_process_group()
+"""
+
+
+def test_two_processes_are_one_with_their_cases_together(tmp_path):
+    "Negatives of both, and sparse templates, in value and gradient. (Group norm: batch norm is shared on request.)"
+    (tmp_path / "gloo.py").write_text(GLOO)
+    root = Path(__file__).resolve().parents[1]
+    for world in (1, 2):
+        cmd = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", str(tmp_path / "gloo.py"), str(tmp_path / f"{world}.pt")]
+        out = subprocess.run(cmd, capture_output=True, text=True, timeout=300, cwd=root)
+        assert out.returncode == 0, out.stderr[-2000:]
+    one, two = (torch.load(tmp_path / f"{w}.pt", weights_only=True) for w in (1, 2))
+    assert (one["templates.weight"] != 0).any()
+    for k in one:
+        assert torch.allclose(one[k], two[k], atol=2e-6 + 1e-4 * one[k].abs().max()), (k, (one[k] - two[k]).abs().max())
