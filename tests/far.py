@@ -204,7 +204,7 @@ def pretend():
         torch._C._set_only_lift_cpu_tensors(False)
 
 
-TASKS = ("mae small3d", "mae small2d", "pcrlv2 small3d", "pcrlv2 small2d", "segment 3d", "segment 2d", "regions 3d", "classify 3d", "classify 2d", "linear 3d")
+TASKS = ("mae small3d", "mae small2d", "pcrlv2 small3d", "pcrlv2 small2d", "brainmvp small2d", "segment 3d", "segment 2d", "regions 3d", "classify 3d", "classify 2d", "linear 3d")
 
 
 def make(name, preset):
@@ -225,9 +225,12 @@ def make(name, preset):
             more = dict(regions=dict(values=(1, 2), regions=((1, 2), (2,))), linear=dict(values=(1, 2), decoder="linear", freeze=0.5), segment=dict(values=(1, 2)))[name]
             task = Segment(enc, SegmentConfig(region=region, **more))
     else:
-        from medssl_nb.tasks.registry import load_task
+        from dataclasses import replace
 
-        task = load_task(name, preset)
+        from medssl_nb.tasks.registry import load_task, task_config
+
+        cfg = task_config(name, preset)
+        task = load_task(name, replace(cfg, sequences=("t1", "t2")) if hasattr(cfg, "sequences") else cfg)
     S, B, g = task.region, 4, generator(0, name="far")
     x = torch.rand(B, 2, *S, generator=g)
     present = torch.tensor([[True, True]] * (B - 1) + [[True, False]])
