@@ -556,7 +556,7 @@ def own_labels(items):
     home = lambda i: mine.get((i.subject, i.session), set())
     return [replace(i, case=next(iter(home(i)))) if i.role == 'label' and i.case == str(i.paths[0]) and len(home(i)) == 1 else i for i in items]
 
-# %% ../../nbs/16_data.ingest.ipynb #2ba5e8df
+# %% ../../nbs/16_data.ingest.ipynb #be90c6ae
 def list_file(cfg):
     "The list that was given, or None."
     p = next((Path(p) for p in (cfg.table, cfg.src) if p and str(p).lower().endswith('.json')), None)
@@ -570,6 +570,7 @@ def find_list(
     base = Path(cfg.src) if cfg.src and Path(cfg.src).is_dir() else Path(file).parent
     found = [(r, *locate(r['path'], base)) for r in rows]; places = [p for _,p,_ in found if p]
     root = base if any(p.is_relative_to(base) for p in places) or not places else Path(os.path.commonpath([p.parent for p in places]))
+    if places and not any(there(p) for p in places): raise UserError(f'none of the {len(places)} files of the list is there', 'paths that begin at the list, or at a folder that is given with it', 'medssl ingest FOLDER --table list.json')
     items,problems = [],[Problem([file], kind, text, 'warning') for kind,text in said]; seen,visit = {},{}
     for r,p,var in found:
         if p is None: problems.append(Problem([base/r['path']], 'missing', f'the path begins with the variable {var}, which is not set')); continue
