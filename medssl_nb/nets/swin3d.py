@@ -44,14 +44,15 @@ class SwinEncoder(nn.Module):
         check_input(x, 3, self.in_channels, self.strides[-1], self.norm, self.training)
         return self.body(x)
 
-# %% ../../nbs/25_nets.swin3d.ipynb #dc70ec7e
+# %% ../../nbs/25_nets.swin3d.ipynb #dd065854
 def lateral_block(
     inp:int,       # channels of the map that is read
     out:int=192,   # channels of a token; TACO §3.1
-)->nn.Module:      # `(B, inp, D, H, W)` -> `(B, out, D, H, W)`
+    dims:int=3,
+)->nn.Module:      # `(B, inp, *S)` -> `(B, out, *S)`
     "Two convolutions and a shortcut, norms without scale."
     from monai.networks.blocks import UnetrBasicBlock
-    return UnetrBasicBlock(3, inp, out, 3, 1, 'instance', res_block=True)
+    return UnetrBasicBlock(dims, inp, out, 3, 1, 'instance', res_block=True)
 
 # %% ../../nbs/25_nets.swin3d.ipynb #ea157d54
 class ResizeDecoder(nn.Module):

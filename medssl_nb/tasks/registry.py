@@ -10,11 +10,12 @@ from importlib import import_module
 
 from ..core import UserError, choose
 
-# %% ../../nbs/49_tasks.registry.ipynb #b94af747
+# %% ../../nbs/49_tasks.registry.ipynb #cf2360a9
 METHODS = dict(  # name -> module, task, settings
     mae   =('medssl_nb.tasks.mae',    'MAE',    'MAEConfig'),
     pcrlv2=('medssl_nb.tasks.pcrlv2', 'PCRLv2', 'PCRLv2Config'),
     brainmvp=('medssl_nb.tasks.brainmvp', 'BrainMVP', 'BrainMVPConfig'),
+    taco  =('medssl_nb.tasks.taco',   'TACO',   'TACOConfig'),
 )
 PRESETS = ('3d', '2d', 'small3d', 'small2d')
 
