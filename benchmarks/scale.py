@@ -4,14 +4,14 @@
     python benchmarks/scale.py --sizes 100 1000 # quicker
 
 Each measurement is a process of its own. `seconds` is processor time of that process (the machine is shared; the clock is kept beside it), `extra` its peak of resident memory above what it had after
-imports. Goal (DESIGN 6): time linear, memory flat. A case is 3-D with four modalities and a segmentation; its volumes are real files of 2 kB, and its commit mark is a real one.
+imports (Linux only). Goal (DESIGN 6): time linear, memory flat. A case is 3-D with four modalities and a segmentation; its volumes are real files of 2 kB, and its commit mark is a real one.
 """
 import argparse
+import gc
 import json
 import os
 import pickle
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -77,6 +77,11 @@ def resident(pid="self"):
         return sum(int(line.split()[1]) * 1024 for line in f if line.startswith("Private_"))
 
 
+def status(key):
+    "A line of /proc/self/status, bytes: VmRSS is resident memory now, VmHWM its peak."
+    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
+
+
 def measure(part, root):
     "One part, in this process."
     root = Path(root)
@@ -89,7 +94,9 @@ def measure(part, root):
     out = {}
     prepared = c.Prepared(root / "prepared") if part in ("cases", "epoch", "load") else None
     data = c.Cases(prepared, region=(6, 6, 6), seg=True, target="class") if part in ("epoch", "load") else None
-    base, t, w = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, time.process_time(), time.perf_counter()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: imports are not part of it
+    base, t, w = status("VmRSS"), time.process_time(), time.perf_counter()
     if part == "manifest":
         man = c.Manifest(root / "manifest")
         man.paths("f-00000000" + "0")
@@ -122,7 +129,7 @@ def measure(part, root):
             if b in (5, 95):
                 private.append([resident(q.pid) for q in psutil.Process().children() if "resource_tracker" not in " ".join(q.cmdline())])
         out["worker_private"] = [max(x) for x in private]  # after a few batches, after many
-    out.update(cpu=round(time.process_time() - t, 3), clock=round(time.perf_counter() - w, 3), extra=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - base)
+    out.update(cpu=round(time.process_time() - t, 3), clock=round(time.perf_counter() - w, 3), extra=status("VmHWM") - base)
     return out
 
 
@@ -161,21 +168,25 @@ def figure(sizes, table, path):
     fig.savefig(path, dpi=110)
 
 
-def main(sizes):
+def main(sizes, keep=None):
     import blosc2
     import numpy
     import torch
 
     table = {p: [] for p in PARTS}
     for n in sizes:
-        root = Path(tempfile.mkdtemp(prefix="scale"))
+        root = Path(keep) / str(n) if keep else Path(tempfile.mkdtemp(prefix="scale"))
         try:
-            simulate(root, n)
+            if not (root / "prepared" / "index.jsonl").exists():
+                simulate(root, n)
+            for f in (root / "prepared" / "volumes").glob(f"c-{n - 1:012x}.*"):
+                f.unlink()  # the one that is left to do
             for part in PARTS:
                 table[part].append(child(part, root))
                 print(n, part, table[part][-1], flush=True)
         finally:
-            shutil.rmtree(root)
+            if not keep:
+                shutil.rmtree(root)
     assert all(r["kept"] == n - 1 and r["prepared"] == 1 for n, r in zip(sizes, table["resume"]))
     many = dict(n0=sizes[-2], n1=sizes[-1])
     per = {p: round((r[-1]["extra"] - r[-2]["extra"]) / (sizes[-1] - sizes[-2])) for p, r in table.items()}
@@ -192,9 +203,10 @@ def main(sizes):
 if __name__ == "__main__":
     a = argparse.ArgumentParser()
     a.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    a.add_argument("--keep", help="folder in which simulated studies stay for the next run")
     a.add_argument("--measure", nargs=2)
     a = a.parse_args()
     if a.measure:
         print(json.dumps(measure(*a.measure)))
     else:
-        main(tuple(a.sizes))
+        main(tuple(a.sizes), a.keep)
