@@ -59,7 +59,7 @@ class _Worker:
         if self.process.is_alive(): self.process.kill()
         self.process.join(10)
 
-# %% ../nbs/04_guard.ipynb #f53f3301
+# %% ../nbs/04_guard.ipynb #a299b57f
 def guarded(
     f:Callable,            # one job -> a result that can be pickled
     xs:list,               # the jobs
@@ -78,6 +78,7 @@ def guarded(
 
 def _here(f, x, tick): r = f(x); tick(); return r
 
+# %% ../nbs/04_guard.ipynb #f4a43924
 def _run(f, xs, jobs, n, timeout, tick, out, again):
     "Give `jobs` to `n` workers; jobs whose worker died go to `again`, or are lost where that is None."
     todo = deque(jobs); team = [_Worker(f, xs) for _ in range(n)]

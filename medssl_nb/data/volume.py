@@ -479,7 +479,7 @@ def stack_slices(
     check_affine(a)
     return out,Grid((len(out), *shape), a),warn
 
-# %% ../../nbs/10_data.volume.ipynb #7b4d1626
+# %% ../../nbs/10_data.volume.ipynb #c491b976
 def dicom_pixels(ds, kind):
     "Stored values `(H, W)`, `(H, W, 3)` or with frames in front; compressed ones through whichever codec knows them."
     from pydicom.pixels import apply_color_lut, pixel_array
@@ -498,6 +498,7 @@ def dicom_by_itk(ds):
     if not show_paths(): sitk.ProcessObject.SetGlobalWarningDisplay(False)
     return sitk.GetArrayFromImage(sitk.ReadImage(str(ds.filename))).reshape(-1, int(ds.Rows), int(ds.Columns)).astype(np.float32)
 
+# %% ../../nbs/10_data.volume.ipynb #bf465362
 def dicom_values(
     ds,           # a data set with pixels
     frames:list,  # which frames
@@ -523,6 +524,7 @@ def dicom_values(
         out = np.float32(ends.sum()) - out
     return out[None]
 
+# %% ../../nbs/10_data.volume.ipynb #d39a5bf6
 @dataclass
 class Head:
     "What the header of one DICOM file says about its place in a volume; small, and it crosses process borders."
