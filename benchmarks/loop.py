@@ -31,7 +31,7 @@ from medssl_nb.nets.unet import PyramidDecoder, UNetEncoder  # noqa: E402
 from medssl_nb.tasks.base import Task  # noqa: E402
 from medssl_nb.tasks.pcrlv2 import PCRLv2, PCRLv2Config  # noqa: E402
 from medssl_nb.train.checkpoint import save_checkpoint  # noqa: E402
-from medssl_nb.train.trainer import TrainConfig, train  # noqa: E402
+from medssl_nb.train.trainer import TrainConfig, case_loader, train  # noqa: E402
 
 HERE = Path(__file__).parent
 REGION = (32, 64, 64)
@@ -122,7 +122,7 @@ def volumes(tmp, n=8, shape=(160, 200, 200)):
     return tmp / "data", shape
 
 
-def data_wait(name, make, data, batch, steps, tmp, warm=3):
+def data_wait(name, make, data, batch, steps, tmp, warm=2):
     "Share of a step that the loop waits for its batch; and how fast two workers are when nothing else is done."
     path, shape = data
     cfg = TrainConfig(steps=steps + warm, batch=batch, device="cpu", save_every=0, tensorboard=False)
@@ -134,14 +134,14 @@ def data_wait(name, make, data, batch, steps, tmp, warm=3):
         out[f"{workers} workers"] = dict(wait_median=round(statistics.median(r["wait"] for r in rows), 5), wait_mean=round(statistics.mean(r["wait"] for r in rows), 5),
                                          step_s=round(batch / statistics.median(r["volumes_per_s"] for r in rows), 3))
     n, t = 0, None
-    for b in Cases(path, region=task.region).loader(batch=batch, seed=0, rank=0, world=1, start=0, steps=40 // batch, workers=2, accum=1):
+    for b in case_loader(Cases(path, region=task.region), replace(cfg, workers=2, steps=40 // batch), 0, 1, 0):
         n, t = (n + len(b["image"]), t) if t else (0, time.perf_counter())  # the first batch starts the clock
     alone = (time.perf_counter() - t) / n
     return dict(task=name, batch=batch, region=task.region, volume=shape, steps=steps, warm_up=warm, results=out, reading_alone_s_per_case=round(alone, 4), load=round(os.getloadavg()[0], 1))
 
 
 def waits(d):
-    data, narrow = volumes(d), (16, 32, 64, 128)
+    data, narrow = volumes(d), (8, 16, 32, 64)
 
     def masked(region):
         task = Masked(narrow)
@@ -149,9 +149,9 @@ def waits(d):
         return task
 
     return [
-        data_wait("pcrlv2, widths 16-128, crops of the specification", lambda: PCRLv2(PCRLv2Config(widths=narrow)), data, 2, 8, d),
-        data_wait("masked, widths 16-128, 96x96x96", lambda: masked((96, 96, 96)), data, 2, 5, d),
-        data_wait("masked, widths 16-128, 32x64x64", lambda: masked(REGION), data, 2, 12, d),
+        data_wait("pcrlv2, widths 8-64, crops of the specification", lambda: PCRLv2(PCRLv2Config(widths=narrow)), data, 2, 6, d),
+        data_wait("masked, widths 8-64, 96x96x96", lambda: masked((96, 96, 96)), data, 2, 4, d),
+        data_wait("masked, widths 8-64, 32x64x64", lambda: masked(REGION), data, 2, 8, d),
     ]
 
 
