@@ -149,3 +149,42 @@ def test_a_batch_file_that_fails_is_not_requeued(tmp_path):
         (tmp_path / f).chmod(0o755)
     out = subprocess.run(["bash", str(HERE.parent / "experiments" / "slurm.sbatch"), "data", "run"], env={**ENV, "PATH": f"{tmp_path}:{ENV['PATH']}", "SLURM_JOB_ID": "7"}, capture_output=True, text=True)
     assert out.returncode == 2 and not (tmp_path / "requeued").exists()
+
+
+TOLERANCE = {  # loss (relative) and norm of the gradient (relative) of one step, against float32 in the default layout
+    "channels_last": (dict(channels_last=True), 1e-4, 1e-3),
+    "bf16": (dict(precision="bf16-mixed", channels_last=False), 2e-2, 1e-1),
+    "bf16 channels_last": (dict(precision="bf16-mixed"), 2e-2, 1e-1),
+    "not fused": (dict(fused=False), 1e-5, 1e-4),
+    "compile": (dict(compile=True), 1e-4, 1e-3),
+}
+
+
+def one_step(name, preset, **kw):
+    from far import make
+
+    from medssl_nb.train.trainer import TrainConfig, Trainer, make_fabric
+
+    task, batch = make(name, preset)
+    fabric, cfg = make_fabric(TrainConfig(steps=10, batch=4, device="cpu", tensorboard=False, bar=False, **kw))
+    tr = Trainer(task, cfg, fabric)
+    return [tr.train_step([batch])[0] for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def bare():
+    return {t: one_step(*t.split()) for t in ("mae small2d", "pcrlv2 small2d", "segment 3d")}
+
+
+@pytest.mark.parametrize("switch", TOLERANCE)
+@pytest.mark.parametrize("task", ["mae small2d", "pcrlv2 small2d", "segment 3d"])
+def test_a_switch_changes_a_step_by_no_more_than_stated(bare, task, switch):
+    if switch == "compile" and (task != "segment 3d" or not os.environ.get("MEDSSL_SLOW")):
+        pytest.skip("compiling takes a minute; run with MEDSSL_SLOW=1")
+    kw, loss, norm = TOLERANCE[switch]
+    # AdamW divides a gradient by its own size, which turns rounding into whole steps where it is nearly zero: so the first step, except where the optimiser is the question
+    at = 1 if switch == "not fused" else 0
+    a, b = bare[task][at], one_step(*task.split(), **kw)[at]
+    assert b["loss"] == pytest.approx(a["loss"], rel=loss) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=norm), (a, b)
+    if switch != "not fused":
+        assert (a["loss"], a["grad_norm"]) != (b["loss"], b["grad_norm"]), "the switch did nothing"
