@@ -123,7 +123,7 @@ def unpack_optimizer(
         groups.append({**kept, 'params': list(range(i, i+len(g['params'])))}); i += len(g['params'])
     opt.load_state_dict(dict(state=state, param_groups=groups))
 
-# %% ../../nbs/51_train.checkpoint.ipynb #3cede317
+# %% ../../nbs/51_train.checkpoint.ipynb #5f5f384e
 FORMAT = 1  # of state.json
 
 def _still(tensors): return {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k,v in tensors.items()}
@@ -177,6 +177,7 @@ def save_checkpoint(
 
 def _bytes(tensors): return sum(v.numel()*v.element_size() for v in tensors.values())
 
+# %% ../../nbs/51_train.checkpoint.ipynb #69c1f2ac
 def latest(
     dir,          # a run directory or its folder of checkpoints
 )->Path|None:     # the newest whole checkpoint
@@ -190,7 +191,7 @@ def steps_in(
     "Checkpoints by step: clocks go wrong, and copying changes the times of files."
     return sorted((p for p in Path(dir).glob('step_*') if p.name[5:].isdigit() and (p/'state.json').is_file()), key=lambda p: int(p.name[5:]))
 
-# %% ../../nbs/51_train.checkpoint.ipynb #38abcb7b
+# %% ../../nbs/51_train.checkpoint.ipynb #d6fa3d32
 def own(
     dir,        # folder
     name:str,   # of something in it
@@ -214,6 +215,7 @@ def find_checkpoint(
     if not found: raise UserError(f'no checkpoint inside {path}', 'checkpoints/step_…/state.json', 'has the run saved one yet?')
     return own(path, found.name)
 
+# %% ../../nbs/51_train.checkpoint.ipynb #a0de98b0
 class Damaged(UserError):
     "A checkpoint that is not what was written."
 
@@ -246,6 +248,7 @@ def verify_checkpoint(
         todo = f'{other.name} beside it is whole: move {path.name} away, and the same command continues from there' if other else 'no other checkpoint beside it is whole: copy it again, or begin anew in another folder'
         raise Damaged(e.came, e.expected, f'the file is damaged or was edited; {todo}') from None
 
+# %% ../../nbs/51_train.checkpoint.ipynb #a62f4b2e
 def read_tensors(
     path,   # a .safetensors file
 )->dict:    # name -> tensor, on the CPU
@@ -271,6 +274,7 @@ def mismatch(task, state, what):
     bad += [f'{k}: {tuple(state[k].shape)} against {tuple(have[k].shape)}' for k in state.keys() & have.keys() if state[k].shape != have[k].shape]
     if bad: raise UserError(f'{what} does not fit {type(task).__name__}: ' + ', '.join(sorted(bad)[:5]) + (f' and {len(bad)-5} more' if len(bad) > 5 else ''), 'the same task with the same settings')
 
+# %% ../../nbs/51_train.checkpoint.ipynb #897383d0
 def load_checkpoint(
     path,            # a checkpoint or a run directory
     task:nn.Module,  # receives the weights
