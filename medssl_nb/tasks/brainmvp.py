@@ -228,7 +228,7 @@ def make_views(
     return dict(target=a, other=b, real=real.to(dev), hole1=holes[0], hole2=holes[1], which=target.to(dev), partner=partner, place=place,
                 contrast=bool(cfg.w_contrast and share >= cfg.contrast_from))
 
-# %% ../../nbs/43_tasks.brainmvp.ipynb #1f0e91bb
+# %% ../../nbs/43_tasks.brainmvp.ipynb #087d450f
 def warn_small(n:int, temp:float):
     "What contrast can do with n candidates."
     if n >= 8: return
@@ -237,6 +237,7 @@ def warn_small(n:int, temp:float):
         best = math.log(1 + (n-1)*math.exp(-n/((n-1)*temp)))                       # a regular simplex, partners equal
         warnings.warn(f'BrainMVP: contrast with {n} cases a step can only move between {math.log(n):.3f} (all alike) and {best:.3f} (the best there is) at temperature {temp}; use a larger batch or a lower temperature')
 
+# %% ../../nbs/43_tasks.brainmvp.ipynb #cfb6d5a4
 class BrainMVP(Task):
     "Cross-modal reconstruction, template distillation, contrast."
     method = 'brainmvp'

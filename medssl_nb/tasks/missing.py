@@ -86,7 +86,7 @@ def square_dice_bce(
     dice = 1 - (2*(p*q).sum(axes) + 1)/(p.square().sum(axes) + q.square().sum(axes) + 1)
     return w_dice*dice.mean() + w_bce*F.binary_cross_entropy_with_logits(x, q)
 
-# %% ../../nbs/46_tasks.missing.ipynb #699f04d5
+# %% ../../nbs/46_tasks.missing.ipynb #9010e659
 @dataclass
 class MissingConfig:
     "Segmentation that expects sequences to be missing."
@@ -116,6 +116,7 @@ class MissingConfig:
         if not 0 <= self.replace <= 1: raise UserError(f'replace is {self.replace}', 'a probability')
         for k,w in dict(fill=('template','zero'), decoder=('unetr','skip')).items(): choose(getattr(self, k), w, k)
 
+# %% ../../nbs/46_tasks.missing.ipynb #33ea9fe8
 class SegmentMissing(Task):
     "Outline regions with whatever sequences there are."
     needs,method = ('label',),'missing'
