@@ -151,7 +151,7 @@ def figure(sizes, table, path):
     "Time and memory over cases, on logarithmic axes."
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(9, 3.6), layout="constrained")
+    fig = Figure(figsize=(9, 4.8), layout="constrained")
     a, b = fig.subplots(1, 2)
     for part, rows in table.items():
         if part != "load":
@@ -163,7 +163,7 @@ def figure(sizes, table, path):
     a.set(xscale="log", yscale="log", xlabel="cases", ylabel="processor seconds", title="time (last slope; 1 is linear)")
     b.set(xscale="log", yscale="log", xlabel="cases", ylabel="MB above imports, at the peak", title="memory")
     for ax in (a, b):
-        ax.legend(fontsize=6.5)
+        ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16))
         ax.grid(alpha=0.3)
     fig.savefig(path, dpi=110)
 
