@@ -9,7 +9,7 @@ templates min-max normalised over their whole volume in the graph, with a dense 
 table; depthwise convolutions with the library's own gradient; the decoder's chain of transposed convolutions at full resolution. Ours is
 the default configuration. Both run the full UniFormer-S (22.0 million parameters) with eight templates of 155x240x240 in AdamW; the
 networks hold the same weights. Steps alternate, and the ratio uses CPU seconds of the process where one thread works. Peak memory is that
-of a process of its own, above what it held before the first step, the optimiser's state included. `parts` says where the time goes.
+of a process of its own, above what it held before the first step, the optimiser's state included. `forward_backward_update` says where the time goes. (The first losses are of two draws of noise and need not agree; that the pieces compute the same is asserted in nbs/21_nets.uniformer3d.ipynb.)
 """
 import argparse, copy, json, os, platform, subprocess, sys, time
 from pathlib import Path
