@@ -204,7 +204,7 @@ def pretend():
         torch._C._set_only_lift_cpu_tensors(False)
 
 
-TASKS = ("mae small3d", "mae small2d", "pcrlv2 small3d", "pcrlv2 small2d", "brainmvp small2d", "segment 3d", "segment 2d", "regions 3d", "classify 3d", "classify 2d", "linear 3d")
+TASKS = ("mae small3d", "mae small2d", "pcrlv2 small3d", "pcrlv2 small2d", "brainmvp small2d", "taco small3d", "segment 3d", "segment 2d", "regions 3d", "classify 3d", "classify 2d", "linear 3d")
 
 
 def make(name, preset):

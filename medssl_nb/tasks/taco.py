@@ -118,7 +118,7 @@ def two_sequences(
     for kw in (dict(scale=c.scale, shift=0.), dict(scale=0., shift=c.shift)): both = apply_scale_shift(both, draw_scale_shift(N, gen, p=c.jitter, **kw), body)
     return both, body, real, (j >= 0).nonzero()[:,0]
 
-# %% ../../nbs/44_tasks.taco.ipynb #1f8e6d12
+# %% ../../nbs/44_tasks.taco.ipynb #37216c7b
 class TACO(Task):
     "Reconstruction, and neighbourhoods kept across sequences and across people."
     method = 'taco'
@@ -194,7 +194,7 @@ class TACO(Task):
         each,n = inter_topology(torch.cat([z1[p[:,0]], z2[q[:,0]]]), torch.cat([z2[p[:,1]], z1[q[:,1]]]), c.k, c.margin_inter, v.get('slots'), near_out=c.near_out, cosine=c.cosine, ratio=c.ratio, plan=c.plan)
         return each[:len(p)].mean() + each[len(p):].mean(), n
     @torch.no_grad()
-    def monitor(self, out, v):
+    def health(self, out, v):
         "What the losses cannot say: share of tokens with a partner, share of anchors, effective rank of the tokens. Half of all tokens match by chance."
         if 'z' not in out: return {}
         row = dict(rank=effective_rank(out['z'].flatten(0, 1)[:4096]).item())
