@@ -118,11 +118,11 @@ def pictures(task, v:dict, o:dict)->dict:
     fit = lambda x: (x-x.mean())/x.std().clamp_min(1e-6)*target.std()+target.mean()   # a z-score to the target's units
     return {'asked for': target, 'seen': fit(seen), 'answered': pred}
 
-# %% ../nbs/89_demo.ipynb #183c3a07
+# %% ../nbs/89_demo.ipynb #7b12be7d
 def demo_page(cfg:DemoConfig, manifest, prepared, run, result, seconds:dict):
     "One HTML file; returns its path."
     from medssl_nb.data.cases import Prepared
-    from medssl_nb.plot.curves import show_arms, show_history, show_pairs
+    from medssl_nb.plot.curves import show_arms, show_history
     from medssl_nb.plot.volume import show_slices
     from medssl_nb.report import Page
     out = Path(cfg.out); folder = out/'finetune'

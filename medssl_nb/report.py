@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['CSS', 'inline', 'Page']
 
-# %% ../nbs/88_report.ipynb #1990ba6e
+# %% ../nbs/88_report.ipynb #7e3bdfa8
 import base64
 import html
 
-from .core import UserError, atomic
+from .core import atomic
 from .plot.volume import png
 
 # %% ../nbs/88_report.ipynb #f619df5c

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['browse', 'slice_widget', 'viewer_choice', 'nifti_bytes', 'view']
 
-# %% ../../nbs/82_plot.widgets.ipynb #67a464a7
+# %% ../../nbs/82_plot.widgets.ipynb #61c4cb5f
 import numpy as np
 
 from ..core import UserError
-from .volume import show_compare, show_slices, to_numpy
+from .volume import show_slices, to_numpy
 
 # %% ../../nbs/82_plot.widgets.ipynb #edc98033
 def browse(
