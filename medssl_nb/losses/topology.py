@@ -137,7 +137,7 @@ def intra_topology(
     hinge = sum((pos[:,:,r,None] - d + margin).clamp_min(0)*free for r in range(k))
     return hinge.sum((1, 2))/(T*k*(T-1-k))
 
-# %% ../../nbs/34_losses.topology.ipynb #a0494493
+# %% ../../nbs/34_losses.topology.ipynb #b3f972b5
 @torch.no_grad()
 def mutual_matches(
     A,                  # source tokens `(P, T, C)`
@@ -148,13 +148,14 @@ def mutual_matches(
     temp:float=.07,     # temperature of that plan
 ):                      # `(P, T)` int64: the partner of each source token, -1 for none
     "Pseudo-correspondence: each is the other's best. Spec §4.3."
+    check_shape(A, 'P T C', 'A'); check_shape(B, 'P T C', 'B')
+    if plan is not None and ratio < 1: raise UserError(f'plan={plan} and ratio={ratio}', 'one of them', 'a transport plan has no second nearest; leave ratio at 1')
     a,b = unit_rows(A),unit_rows(B)
     if plan is not None:
         conf = sinkhorn((1 - gap(a, b))/temp)[:,:-1,:-1]
         best,pi = conf.max(2); rho = conf.argmax(1)
         keep = best >= plan
         first = 1 - torch.gather(gap(a, b), 2, pi[...,None])[...,0]
-        second = None
     else:
         P,T = a.shape[:2]
         pi,first,second = [],[],[]
