@@ -21,7 +21,7 @@ from .tasks.supervised import card_norm
 from .tasks.registry import METHODS, PRESETS, load_task, task_config
 from .train.trainer import TrainConfig, train
 
-# %% ../nbs/59_pretrain.ipynb #670abecb
+# %% ../nbs/59_pretrain.ipynb #f51fa796
 T = TypeVar('T')
 
 @dataclass
@@ -50,7 +50,7 @@ def train_defaults(
         steps,batch,lr = dict([('3d', (240*(9968//32), 32, 1e-3)), ('2d', (240*(78468//64), 64, 1e-2))])[preset]
         return TrainConfig(steps=steps, batch=batch, lr=lr, optimizer='sgd', momentum=.9, weight_decay=1e-4)
     if name == 'brainmvp':  # specification, section 5: 1500 epochs of 3 755 cases, 24 a step
-        return TrainConfig(steps=1500*(3755//24), batch=3, accum=8, lr=3e-4, optimizer='adamw', weight_decay=1e-5)
+        return TrainConfig(steps=1500*(3755//24), batch=3, accum=8, lr=3e-4, optimizer='adamw', weight_decay=1e-5, sync_batchnorm=True)
     # He et al. 2022: AdamW, betas .9 and .95, weight decay .05, warm-up of 5 %, rate 1.5e-4 for 256 images
     return TrainConfig(steps=100_000, batch=32, lr=1.5e-4, optimizer='adamw', weight_decay=.05, warmup=5000)
 

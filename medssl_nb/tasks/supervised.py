@@ -7,7 +7,7 @@ __all__ = ['NORMS', 'IMAGENET', 'OFF', 'AugmentConfig', 'input_norm', 'fixed_nor
            'encode', 'LinearDecoder', 'SegmentConfig', 'Segment', 'evaluating', 'predict', 'to_labels', 'groups_of',
            'ClassifyConfig', 'Classify', 'predict_class']
 
-# %% ../../nbs/45_tasks.supervised.ipynb #2cfc8511
+# %% ../../nbs/45_tasks.supervised.ipynb #db3dc70c
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import UserError, check_shape
+from ..core import UserError, check_shape, choose
 from ..data.transforms import apply_affine, apply_noise, apply_scale_shift, draw_affine, draw_noise, draw_scale_shift, normalise, zscore
 from ..losses.segment import dice_bce, dice_ce, regions
+from ..nets.uniformer3d import MLPHead
 from ..nets.unet import ClassHead, SkipDecoder
 from .base import Task
 
@@ -245,7 +246,7 @@ def groups_of(cfg:SegmentConfig)->tuple:
     "What is scored: each region, or each value by itself."
     return tuple(cfg.regions) or tuple((v,) for v in cfg.values)
 
-# %% ../../nbs/45_tasks.supervised.ipynb #cc9ee144
+# %% ../../nbs/45_tasks.supervised.ipynb #e105ede8
 @dataclass
 class ClassifyConfig:
     "Classification with few labels."
@@ -255,12 +256,13 @@ class ClassifyConfig:
     multi:bool=False                    # several may be true at once
     weight:tuple[float,...]=()          # per class, e.g. from `class_weights`; empty: all alike
     normalise:str='zscore'                  # or none, imagenet, fixed:MEAN:STD
-    dropout:float=.2                    # before the linear layer (pcrlv2.md, section 6)
+    dropout:float=.2                    # before the last layer (pcrlv2.md, section 6)
+    head:Literal['linear','mlp']='linear'  # mlp: one hidden layer (brainmvp.md, section 3.7)
     freeze:float=0.                     # share of training in which the encoder rests; 1 freezes it
     augment:AugmentConfig|None=None     # None: the light default
 
 class Classify(Task):
-    "Encoder, pooled, one linear layer."
+    "Encoder, pooled, a linear layer or a small perceptron."
     needs = ('target',)
     method = 'classify'
     def __init__(self,
@@ -272,7 +274,7 @@ class Classify(Task):
         if cfg.classes < 2 and not cfg.multi: raise UserError(f'{cfg.classes} class', 'at least two, or multi=True')
         if cfg.weight and len(cfg.weight) != cfg.classes: raise UserError(f'{len(cfg.weight)} weights for {cfg.classes} classes', 'one each')
         self.cfg,self.region,self.channels,self.encoder = cfg,tuple(cfg.region),cfg.channels,encoder
-        self.head = ClassHead(encoder, cfg.classes, cfg.dropout)
+        self.head = (MLPHead if choose(cfg.head, ('linear','mlp'), 'head') == 'mlp' else ClassHead)(encoder, cfg.classes, dropout=cfg.dropout)
         if cfg.freeze >= 1: encoder.requires_grad_(False)
     def views(self, batch, gen):
         x,_ = augment(batch['image'], None, batch['present'], self.cfg.augment or AugmentConfig(), self.cfg.normalise, gen, batch.get('spacing'), self.encoder.in_channels)
