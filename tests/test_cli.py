@@ -176,3 +176,22 @@ def test_broken_index(tmp_path, text):
     (d / "index.jsonl").write_text(text)
     code, out, err = medssl("pretrain", d, "--preset", "small3d", "-o", tmp_path / "r")
     assert code == 2 and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize("words", [["pretrain", "--help"], ["ingest", "--help"]])
+def test_a_reader_who_has_seen_enough(words):
+    """`medssl pretrain --help | head`: the pipe is closed before the first word."""
+    import os
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "medssl_nb.cli", *words], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 141 and done.stderr == "", (done.returncode, done.stderr)
+
+
+def test_a_broken_pipe_of_our_own_is_an_error(monkeypatch):
+    """The pipe to a worker, not standard output."""
+    from medssl_nb import doctor
+    monkeypatch.setattr(doctor, "doctor", lambda cfg: (_ for _ in ()).throw(BrokenPipeError("a worker is gone")))
+    with pytest.raises(BrokenPipeError, match="a worker is gone"):
+        main(["doctor"])
