@@ -118,6 +118,63 @@ def test_the_encoder_goes_on_with_its_templates(whole):
     assert predict_missing(task, torch.rand(2, 20, 22, 18), torch.tensor([True, False])).shape == (1, 20, 22, 18)
 
 
+def outlined(dir, n=8, shape=(20, 22, 18)):
+    "Cases with a bright cube to outline; every third has no flair."
+    from medssl_nb.data.cases import write_case, write_index
+
+    for i in range(n):
+        rng = np.random.default_rng(100 + i)
+        a = rng.integers(3, 9, 3)
+        y = np.zeros((1, *shape), np.uint8)
+        y[0, a[0] : a[0] + 7, a[1] : a[1] + 7, a[2] : a[2] + 7] = 1
+        chans = ["t2", "flair"] if i % 3 else ["t2"]
+        x = np.stack([np.clip(0.3 + 0.5 * y[0] + 0.05 * rng.standard_normal(shape), 0, 1) for _ in chans])
+        row = dict(case=f"o-{i}", subject=f"p-{i}", session="1", split=None, group="", dims=3, channels=chans, spacing=[2.0, 1.0, 1.0], labels={}, fingerprint=str(i))
+        write_case(dir, row, x, y)
+    write_index(dir)
+    return Path(dir)
+
+
+def test_finetune_fills_what_is_missing_with_the_templates_of_the_run(whole, tmp_path):
+    "The command, as a user types it; once without the templates, which is refused."
+    from medssl_nb.core import read_jsonl
+
+    words = [str(Path(sys.executable).parent / "medssl"), "finetune", str(outlined(tmp_path / "d")), "--out", str(tmp_path / "r"), "--arms", "brainmvp", str(whole["out"]), "--channels", "t2", "flair"]
+    words += "--missing template --steps 2 --batch 2 --budgets 3 --seeds 0 --region 16 16 16 --predictions 0 --device cpu".split()
+    bare = subprocess.run(words, capture_output=True, text=True, timeout=200)
+    assert bare.returncode and "--templates runs/NAME/templates" in " ".join((bare.stdout + bare.stderr).replace("│", " ").split())
+    done = subprocess.run([*words, "--templates", str(whole["out"] / "templates")], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read_jsonl(tmp_path / "r" / "rows.jsonl")
+    assert {r["arm"] for r in rows} == {"scratch", "brainmvp"} and all(0 <= r["dice"] <= 1 for r in rows)
+    terms = read_jsonl(next((tmp_path / "r" / "cells" / "brainmvp").rglob("history.jsonl")))[0]
+    assert {"seg", "seg1", "consistency"} <= terms.keys()
+
+
+def test_intensities_and_crop_of_the_paper_are_settings_of_prepare():
+    "Properties 25 and 26: percentiles 5 and 95 of the foreground, each channel by itself, clipped; a box symmetric about the middle."
+    from medssl_nb.data.prepare import PrepareConfig, crop_box, normalise
+
+    cfg = PrepareConfig(percentiles=(5.0, 95.0), crop="centred", margin=0)
+    rng = np.random.default_rng(0)
+    x = np.zeros((1, 16, 18, 20), np.float32)
+    x[:, 3:12, 4:15, 5:13] = rng.gamma(3.0, 50.0, (1, 9, 11, 8))
+    y, rule, fg = normalise(x, "t1", "float32", cfg)
+    lo, hi = np.percentile(x[0][fg], (5, 95))
+    assert y.min() == 0 and y.max() == 1 and (y[0][fg & (x[0] <= lo)] == 0).all() and (y[0][x[0] >= hi] == 1).all()
+    inner = fg & (x[0] > lo) & (x[0] < hi)
+    assert np.allclose(y[0][inner], (x[0][inner] - lo) / (hi - lo), atol=1e-5) and ((y[0][inner] > 0) & (y[0][inner] < 1)).all()
+    assert np.allclose(normalise(x * 7 + 3, "t1", "float32", cfg)[0], y, atol=1e-4)
+    for seed in range(20):
+        k = np.zeros((9, 12, 15), bool)
+        k[tuple(np.random.default_rng(seed).integers(0, s, 3) for s in k.shape)] = True
+        lo, hi = crop_box(k, 0, True)
+        assert [a + b for a, b in zip(lo, hi)] == list(k.shape)  # the middle of the box is the middle of the volume
+        inside = np.zeros_like(k)
+        inside[tuple(map(slice, lo, hi))] = True
+        assert not (k & ~inside).any()
+
+
 @pytest.mark.parametrize(
     "spec, task, says",
     [

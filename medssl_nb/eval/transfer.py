@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'STRENGTHS', 'FREE', 'CELLS', 'CompareConfig', 'FinetuneConfig', 'labelled_rows', 'deal', 'label_order',
-           'label_budget', 'Arm', 'trained_norm', 'load_arm', 'load_arms', 'fresh', 'make_task', 'Bench', 'resolve',
-           'judge', 'write_prediction', 'verdict', 'fit', 'cell_dir', 'run_cell', 'grid_of', 'class_metrics',
-           'compare_segment', 'compare_classify', 'summarise', 'table_md', 'ProbeConfig', 'features', 'knn_prob',
-           'linear_prob', 'probe_cell', 'claim', 'write_reports', 'saw_test', 'compare', 'finetune', 'probe',
-           'histories']
+           'label_budget', 'Arm', 'trained_norm', 'load_arm', 'load_arms', 'fresh', 'make_task', 'missing_task',
+           'Bench', 'resolve', 'judge', 'write_prediction', 'verdict', 'fit', 'cell_dir', 'run_cell', 'grid_of',
+           'class_metrics', 'compare_segment', 'compare_classify', 'summarise', 'table_md', 'ProbeConfig', 'features',
+           'knn_prob', 'linear_prob', 'probe_cell', 'claim', 'write_reports', 'saw_test', 'compare', 'finetune',
+           'probe', 'histories']
 
-# %% ../../nbs/61_eval.transfer.ipynb #170b4547
+# %% ../../nbs/61_eval.transfer.ipynb #337d21bc
 import hashlib
 import json
 import os
@@ -28,6 +28,8 @@ from ..data.cases import Cases, Prepared, class_list, check_disjoint, collate, s
 from .metrics import auc, balanced_accuracy, bootstrap, crossed_interval, macro_auc, paired_test, segment_scores
 from ..losses.segment import class_weights
 from ..nets.registry import build_encoder
+from ..tasks.brainmvp import load_templates
+from ..tasks.missing import MissingConfig, SegmentMissing, in_order, predict_missing
 from ..tasks.supervised import NORMS, AugmentConfig, Classify, ClassifyConfig, Segment, SegmentConfig, card_norm, evaluating, groups_of, input_norm, predict, predict_class, to_labels
 from ..train.checkpoint import load_encoder, load_into, own, remove_dir
 from ..train.trainer import TrainConfig, run_lock, train
@@ -62,7 +64,7 @@ class CompareConfig:
     device:str='auto'                       # auto, cpu, cuda, mps
     bar:bool=True                           # show progress
 
-# %% ../../nbs/61_eval.transfer.ipynb #76cbf0d5
+# %% ../../nbs/61_eval.transfer.ipynb #12568b61
 @dataclass
 class FinetuneConfig(CompareConfig):
     "Fine-tune encoders and their scratch twins with few labels."
@@ -78,6 +80,9 @@ class FinetuneConfig(CompareConfig):
     precision:str='32-true'                 # or bf16-mixed, 16-mixed
     foreground:float=.5                     # segment: share of regions centred on a labelled voxel, where volumes are larger
     decoder:Literal['skip','linear']='skip' # segment: with skips, or linear
+    head:Literal['linear','mlp']='linear'   # classify: on the pooled bottleneck, or with one hidden layer (brainmvp.md, section 3.7)
+    missing:Literal['no','zero','template']='no'  # segment: what stands for absent sequences, and sequences are taken away in training (46_tasks.missing)
+    templates:Path|None=None                # missing=template: the folder a run of brainmvp leaves, runs/NAME/templates; the same for all arms
     balance:bool=True                       # classify: weigh classes by how rare they are among the labelled cases
     augment:AugmentConfig=field(default_factory=AugmentConfig)
     eval_every:int=0                        # steps between looks at the validation patients, for learning curves; 0 none
@@ -220,7 +225,7 @@ def load_arms(cfg, channels:int, dims:int)->dict:
         out[name] = replace(arm, twin=twins[key])
     return out
 
-# %% ../../nbs/61_eval.transfer.ipynb #cecce343
+# %% ../../nbs/61_eval.transfer.ipynb #442c188f
 def fresh(spec, seed:int):
     "An encoder with the first weights of a seed."
     with torch.random.fork_rng(devices=[]):
@@ -241,10 +246,18 @@ def make_task(
     shared = dict(region=tuple(cfg.region), channels=tuple(cfg.channels) or None, normalise=arm.norm, freeze=freeze, augment=cfg.augment)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, 0, 0, 'weights', 'head'))
+        if cfg.kind == 'segment' and getattr(cfg, 'missing', 'no') != 'no': return missing_task(enc, cfg, shared)
         if cfg.kind == 'segment': return Segment(enc, SegmentConfig(values=tuple(cfg.values), regions=tuple(cfg.regions), decoder=cfg.decoder, **shared))
-        return Classify(enc, ClassifyConfig(classes=len(classes['names']), multi=classes['multi'], weight=tuple(weight), **shared))
+        return Classify(enc, ClassifyConfig(classes=len(classes['names']), multi=classes['multi'], weight=tuple(weight), head=cfg.head, **shared))
 
-# %% ../../nbs/61_eval.transfer.ipynb #0324a77b
+def missing_task(enc, cfg, shared)->SegmentMissing:
+    "Segmentation that expects sequences to be missing; the decoder fits the encoder."
+    t = in_order(*load_templates(cfg.templates), cfg.channels) if cfg.missing == 'template' else None
+    kind = 'unetr' if tuple(enc.strides) == tuple(2**(i+1) for i in range(len(enc.strides))) else 'skip'
+    m = MissingConfig(values=tuple(cfg.values), regions=tuple(cfg.regions), fill=cfg.missing, decoder=kind, deep=min(2, len(enc.widths)-1), flip=0., **shared)   # flips are those of `augment`, as for every arm
+    return SegmentMissing(enc, m, t)
+
+# %% ../../nbs/61_eval.transfer.ipynb #54f355b2
 @dataclass
 class Bench:
     "Everything a cell needs, worked out once per process."
@@ -263,6 +276,11 @@ def resolve(cfg)->Bench:
     rows = [r for v in parts.values() for r in v]
     dims = rows[0]['dims']
     channels = cfg.channels or tuple(c for c in prepared.channels if any(c in r['channels'] for r in rows))
+    if getattr(cfg, 'missing', 'no') != 'no':
+        if cfg.kind != 'segment' or cfg.decoder != 'skip': raise UserError(f'missing={cfg.missing} with kind={cfg.kind}, decoder={cfg.decoder}', 'segment and skip')
+        if cfg.missing == 'template' and cfg.templates is None: raise UserError('missing=template without templates', 'a folder', '--templates runs/NAME/templates of a run of brainmvp, or --missing zero')
+        if cfg.missing == 'template': in_order(*load_templates(cfg.templates), channels)
+    elif getattr(cfg, 'templates', None): raise UserError('templates are given and not used', '--missing template')
     arms = load_arms(cfg, len(channels), dims)
     new,classes = dict(channels=channels),None
     if cfg.kind == 'segment':
@@ -278,7 +296,7 @@ def resolve(cfg)->Bench:
         for b in cfg.budgets: label_budget(parts['train'], b, s, one, cfg.unit)
     return Bench(cfg, prepared, parts, arms, classes)
 
-# %% ../../nbs/61_eval.transfer.ipynb #a55abd03
+# %% ../../nbs/61_eval.transfer.ipynb #027a0a00
 def judge(
     task,            # trained `Segment` or `Classify`
     bench:Bench,
@@ -297,7 +315,7 @@ def judge(
         return out
     for i,r in enumerate(rows):
         image,present = bench.prepared.read(r, channels=cfg.channels)
-        prob = predict(task, torch.from_numpy(image), torch.from_numpy(present))
+        prob = (predict_missing if isinstance(task, SegmentMissing) else predict)(task, torch.from_numpy(image), torch.from_numpy(present))
         scores = segment_scores(to_labels(prob, task.cfg).numpy(), bench.prepared.read_seg(r)[0], groups_of(task.cfg), r['spacing'][-r['dims']:])
         out += [dict(case=r['case'], subject=r['subject'], **s) for s in scores]
         if save is not None and (keep < 0 or i < keep): write_prediction(Path(save)/f'{r["case"]}.nii.gz', prob, task.cfg, bench.prepared.info(r))
@@ -554,7 +572,7 @@ def probe_cell(bench:Bench, name:str, budget:int, seed:int)->dict:
     write_json(out/'result.json', result)
     return result
 
-# %% ../../nbs/61_eval.transfer.ipynb #e03fb89f
+# %% ../../nbs/61_eval.transfer.ipynb #3a2fc77e
 FREE = ('data', 'out', 'arms', 'budgets', 'seeds', 'jobs', 'bar', 'predictions', 'device', 'keep_weights')   # may change between two calls
 
 def claim(bench:Bench):
@@ -562,7 +580,7 @@ def claim(bench:Bench):
     cfg,f = bench.cfg,Path(bench.cfg.out)/'config.yaml'
     now = to_dict(cfg); now['test_cases'] = sorted(r['case'] for r in bench.parts['test'])
     if f.is_file():
-        old = read_yaml(f) or {}
+        old = {**to_dict(type(cfg)()), **(read_yaml(f) or {})}      # what was no setting yet counts as its default
         differ = [k for k in now if k not in FREE and old.get(k) != now[k]]
         if differ: raise UserError(f'{cfg.out} holds a comparison with other settings: ' + ', '.join(f'{k} was {old.get(k)!r}, now {now[k]!r}' if k != 'test_cases' else 'other test cases' for k in differ), 'the same', 'another --out')
     save_yaml(now, f)

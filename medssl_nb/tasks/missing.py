@@ -177,7 +177,7 @@ class SegmentMissing(Task):
         if c.pair: a,b = out['code'].float().chunk(2); terms['consistency'] = c.w_consistency*F.mse_loss(a, b)
         return terms
 
-# %% ../../nbs/46_tasks.missing.ipynb #1473caa0
+# %% ../../nbs/46_tasks.missing.ipynb #3d266bf0
 def predict_missing(
     task,              # `SegmentMissing`
     image,             # `(M, *S)`, a whole volume
@@ -190,12 +190,14 @@ def predict_missing(
     x = torch.as_tensor(image).float()[None]
     if x.ndim != len(task.region)+2 or x.shape[1] != task.encoder.in_channels: raise UserError(f'volume of shape {tuple(x.shape[1:])}', f'({task.encoder.in_channels}, {", ".join("dhw"[-len(task.region):])})')
     if not present.any(): raise UserError('no sequence is present', 'at least one')
-    fill = task.filling(dict(image=x)) if task.templates is not None else 0.
-    x = input_norm(stand_in(x, present, fill.cpu() if torch.is_tensor(fill) else fill), task.cfg.normalise)
-    if task.templates is None: x = stand_in(x, present, 0.)
     pad = [max(r-s, 0) for r,s in zip(task.region, x.shape[2:])]; lo = [p//2 for p in pad]
-    x = F.pad(x, [v for p,l in zip(reversed(pad), reversed(lo)) for v in (l, p-l)]).to(dev)
+    full = torch.tensor(x.shape[2:])[None]
+    x = F.pad(x, [v for p,l in zip(reversed(pad), reversed(lo)) for v in (l, p-l)])
+    fill = task.filling(dict(image=x, start=-torch.tensor(lo)[None], full=full))     # templates reach into the padding, as in training
+    x = stand_in(x, present, fill).to(dev)
     def window(w):
+        w = input_norm(w, task.cfg.normalise)                                       # each window as each region of training
+        if task.templates is None: w = stand_in(w, present.expand(len(w), -1), 0.)
         f = task.encoder(w)
         return (task.decoder(f, w) if task.cfg.decoder == 'unetr' else task.decoder(f)).float().sigmoid()
     with evaluating(task):
