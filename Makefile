@@ -42,7 +42,7 @@ export: install
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean
 
 lint: install
-	$(BIN)/ruff check medssl_nb tests benchmarks
+	$(BIN)/ruff check medssl_nb tests benchmarks experiments
 
 readme: install
 	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb

@@ -118,10 +118,9 @@ def pictures(task, v:dict, o:dict)->dict:
     fit = lambda x: (x-x.mean())/x.std().clamp_min(1e-6)*target.std()+target.mean()   # a z-score to the target's units
     return {'asked for': target, 'seen': fit(seen), 'answered': pred}
 
-# %% ../nbs/89_demo.ipynb #7b12be7d
+# %% ../nbs/89_demo.ipynb #7ed0756e
 def demo_page(cfg:DemoConfig, manifest, prepared, run, result, seconds:dict):
     "One HTML file; returns its path."
-    from medssl_nb.data.cases import Prepared
     from medssl_nb.plot.curves import show_arms, show_history
     from medssl_nb.plot.volume import show_slices
     from medssl_nb.report import Page

@@ -77,7 +77,7 @@ def dynunet_form(
     def walk(net, x): return [x := b(x) for b in (net.input_block, *net.downsamples, net.bottleneck)]
     return Form('DynUNet', args, tensors, rows, walk)
 
-# %% ../nbs/91_export.ipynb #7d0f1917
+# %% ../nbs/91_export.ipynb #184afe05
 def monai_network(
     name:str,   # one of the networks used here
     args:dict,  # plain values
@@ -131,8 +131,8 @@ def monai_form(
     net = enc.spec()['net']
     if net in forms: return forms[net](enc, classes)
     names = [k for k in enc.state_dict() if 'skip' in k] or list(enc.state_dict())
-    raise UserError(f'no network of MONAI has the layers of {net!r}: {len(names)} tensors would have no place ({", ".join(names[:3])} …)', 'one of ' + ', '.join(sorted(forms)),
-                    "pre-train with --task.net plain for MONAI, or export this one --to nnunet")
+    raise UserError(f'no network of MONAI that this export fills has the layers of {net!r}: {len(names)} tensors would have no place ({", ".join(names[:3])} …)', 'one of ' + ', '.join(sorted(forms)),
+                    'export this one --to nnunet' if net == 'resenc' else 'pre-train with --task.net plain, where the method has it; --to medssl takes every network')
 
 # %% ../nbs/91_export.ipynb #679eae36
 def put(
@@ -201,7 +201,7 @@ def load_monai(
     net = monai_network(name, args)
     return net,put(net, read_tensors(file))
 
-# %% ../nbs/91_export.ipynb #376c2b6c
+# %% ../nbs/91_export.ipynb #3a8fbc09
 def nnunet_names(
     name:str,   # ours, e.g. `stages.0.0.convs.0.conv.weight`
 )->list:        # nnU-Net's, inside its encoder
@@ -227,7 +227,7 @@ def nnunet_weights(enc, seed:int=0)->dict:
     "Everything but the segmentation layers, under nnU-Net's names; shared memory stays shared."
     if enc.spec()['net'] not in ('plain','resenc'):
         names = list(enc.state_dict())
-        raise UserError(f'nnU-Net has no network with the layers of {enc.spec()["net"]!r}: {len(names)} tensors would have no place ({", ".join(names[:2])} …)', 'plain, resenc', 'pre-train with --task.net resenc (or plain); the export then lands whole')
+        raise UserError(f'nnU-Net has no network with the layers of {enc.spec()["net"]!r}: {len(names)} tensors would have no place ({", ".join(names[:2])} …)', 'plain, resenc', 'pre-train with --task.net resenc (or plain), where the method has it; --to medssl takes every network')
     inside = {n: v.detach() for k,v in enc.state_dict().items() for n in nnunet_names(k)}
     return {**{f'encoder.{k}': v for k,v in inside.items()}, **{f'decoder.encoder.{k}': v for k,v in inside.items()}, **{f'decoder.{k}': v.detach() for k,v in fresh_decoder(enc, seed).items()}}
 
