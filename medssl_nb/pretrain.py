@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['T', 'PretrainConfig', 'train_defaults', 'settings', 'fingerprint', 'choose_cases', 'pretrain', 'normalisation']
 
-# %% ../nbs/59_pretrain.ipynb #ca19bfac
+# %% ../nbs/59_pretrain.ipynb #50d84343
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
@@ -16,19 +16,19 @@ import torch
 
 from .config import read_yaml
 from .core import UserError, choose, seed_of
-from .data.cases import Cases, Prepared, class_list, text_table
+from .data.cases import Cases, Prepared
 from .tasks.supervised import card_norm
 from .tasks.registry import METHODS, PRESETS, load_task, task_config
 from .train.trainer import TrainConfig, train
 
-# %% ../nbs/59_pretrain.ipynb #f51fa796
+# %% ../nbs/59_pretrain.ipynb #1924ca7c
 T = TypeVar('T')
 
 @dataclass
 class PretrainConfig(Generic[T]):
     "Pre-train an encoder on prepared volumes."
     task:T                       # settings of the method
-    method:str='pcrlv2'          # mae, pcrlv2, brainmvp
+    method:str='pcrlv2'          # mae, pcrlv2, brainmvp, taco
     preset:str='3d'              # 3d and 2d: the specification; small3d, small2d: for lessons and laptops
     data:Path|None=None          # prepared folder, from `medssl prepare`
     out:Path|None=None           # run folder; continued if it exists
