@@ -289,3 +289,14 @@ def test_scheduler_by_address(scans, tmp_path, monkeypatch):
             p.wait()
     with pytest.raises(UserError, match="no Dask scheduler answers at tcp://"):
         run(man, tmp_path / "none", workers=None, scheduler=address)
+
+
+def test_cases_of_earlier_runs_are_counted(tmp_path, capsys):
+    """Fewer cases than last time: the index shrinks, and that is said."""
+    from medssl_nb.data.prepare import PrepareConfig, prepare
+
+    man = study(tmp_path, {f"p{i}": noise(i) for i in range(3)})
+    for limit, left in ((None, 0), (1, 2), (None, 0)):
+        made = prepare(PrepareConfig(manifest=str(man), out=str(tmp_path / "prepared"), workers=0, limit=limit, progress=False))
+        assert made["unlisted"] == left
+        assert (f"{left} case(s) lie in volumes/ from earlier runs" in capsys.readouterr().out) == (left > 0)

@@ -569,7 +569,7 @@ def test_people(
     if any(r.get('split') for r in rows): raise UserError('the manifest has a split of its own', '', 'leave --test-share away')
     return {r['subject'] for r in split_by_subject(rows, dict(train=1-share, test=share), seed)['test']}
 
-# %% ../../nbs/17_data.prepare.ipynb #b0d53bde
+# %% ../../nbs/17_data.prepare.ipynb #c6ab8d8f
 def prepare(
     cfg:PrepareConfig,
 )->dict:             # counts, `problems` by kind, `out`
@@ -593,12 +593,12 @@ def prepare(
             bad = {p['case'] for p in problems}; problems += (lost := _reports(plan, texts))
             write_jsonl(out/'problems.jsonl', problems)
             n = write_index(out, (c for i in plan.where(TODO, DONE, STALE) if (c := plan.rows[i]['case']) not in bad))
-    summary = dict(cases=n, prepared=len(todo) - len(bad), kept=len(kept), failed=len(problems), reports=len(texts) - len(lost), left_out=len(plan.where(LEFT)), damaged=plan.why['damaged'],
+    summary = dict(cases=n, unlisted=sum(f.name.endswith('.json') for f in os.scandir(out/'volumes')) - n if (out/'volumes').is_dir() else 0, prepared=len(todo) - len(bad), kept=len(kept), failed=len(problems), reports=len(texts) - len(lost), left_out=len(plan.where(LEFT)), damaged=plan.why['damaged'],
                    bytes=size, workers=workers, problems=dict(Counter(p['kind'] for p in problems)), other_labels=dict(plan.others), out=cfg.out)
     print(report(summary, problems))
     return summary
 
-# %% ../../nbs/17_data.prepare.ipynb #780eb6ef
+# %% ../../nbs/17_data.prepare.ipynb #85c0043b
 def _check(cfg):
     "What can be refused before anything is read."
     for m in cfg.modalities or (): choose(m, MODALITIES, 'modality')
@@ -672,6 +672,7 @@ def report(summary, problems):
     s = summary; lines = [f'{s["cases"]} case(s) ready ({s["prepared"]} prepared, {s["kept"]} were up to date)' + (f', {s["reports"]} report(s), whose text is kept word for word and may hold names' if s['reports'] else '')]
     if s['damaged']: lines.append(f'{s["damaged"]} case(s) were damaged on disk and have been done again')
     if s['left_out']: lines.append(f'{s["left_out"]} case(s) left out: none of the modalities asked for')
+    if s.get('unlisted', 0) > 0: lines.append(f'{s["unlisted"]} case(s) lie in volumes/ from earlier runs and are not in the index: not in this manifest, not asked for, or failed')
     if s['other_labels']: lines.append('label files not used: ' + ', '.join(f'{n} ({k})' for n,k in sorted(s['other_labels'].items())))
     if problems:
         first = {}
