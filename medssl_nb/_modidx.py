@@ -1624,6 +1624,8 @@ d = { 'settings': { 'branch': 'main',
                                          'medssl_nb.train.trainer.shard': ('train.trainer.html#shard', 'medssl_nb/train/trainer.py'),
                                          'medssl_nb.train.trainer.sharded': ('train.trainer.html#sharded', 'medssl_nb/train/trainer.py'),
                                          'medssl_nb.train.trainer.slurm': ('train.trainer.html#slurm', 'medssl_nb/train/trainer.py'),
+                                         'medssl_nb.train.trainer.torchrun_there': ( 'train.trainer.html#torchrun_there',
+                                                                                     'medssl_nb/train/trainer.py'),
                                          'medssl_nb.train.trainer.train': ('train.trainer.html#train', 'medssl_nb/train/trainer.py'),
                                          'medssl_nb.train.trainer.trouble': ('train.trainer.html#trouble', 'medssl_nb/train/trainer.py'),
                                          'medssl_nb.train.trainer.whole': ('train.trainer.html#whole', 'medssl_nb/train/trainer.py')}}}

@@ -571,3 +571,15 @@ def test_names_that_lead_out(finished, data, tmp_path):
 
 if __name__ == "__main__":
     globals()[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
+
+
+def test_a_rank_whose_torchrun_ended_before_it_looked(tmp_path):
+    "torchrun is killed while a rank still imports: the rank's parent is then somebody else, for good, and the store that it would wait for is gone."
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="gone", TORCHELASTIC_USE_AGENT_STORE="True")
+    code = "from medssl_nb.train.trainer import TrainConfig, make_fabric; make_fabric(TrainConfig(device='cpu', devices=2))"
+    r = subprocess.run([sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
+    assert r.returncode == 1 and "torchrun does not answer" in r.stderr, r.stderr[-2000:]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SKIPS', 'RESERVED', 'FREE', 'RESUME', 'TrainConfig', 'check_config', 'RowAdamW', 'make_optimizer', 'device_of',
-           'slurm', 'make_fabric', 'sharded', 'shard', 'whole', 'divided', 'NonFinite', 'Trainer', 'dump_step',
-           'replay', 'History', 'run_lock', 'Stopped', 'Stopper', 'out_of_memory', 'trouble', 'differing', 'restore',
-           'case_loader', 'scalar_log', 'train', 'progress', 'loop']
+           'slurm', 'torchrun_there', 'make_fabric', 'sharded', 'shard', 'whole', 'divided', 'NonFinite', 'Trainer',
+           'dump_step', 'replay', 'History', 'run_lock', 'Stopped', 'Stopper', 'out_of_memory', 'trouble', 'differing',
+           'restore', 'case_loader', 'scalar_log', 'train', 'progress', 'loop']
 
 # %% ../../nbs/52_train.trainer.ipynb #4ab88f48
 import copy
@@ -127,7 +127,7 @@ def make_optimizer(
     if cfg.optimizer == 'sgd': return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, **one)
     return dict(adam=torch.optim.Adam, adamw=RowAdamW if rows else torch.optim.AdamW)[cfg.optimizer](groups, lr=cfg.lr, betas=(cfg.momentum, .999), **one)
 
-# %% ../../nbs/52_train.trainer.ipynb #7fa44191
+# %% ../../nbs/52_train.trainer.ipynb #8b6370b3
 def device_of(
     cfg:TrainConfig,
 )->str:              # 'cpu', 'cuda' or 'mps'
@@ -148,6 +148,16 @@ def slurm()->dict:   # `devices` a node and `nodes`
     local = int(env.get('SLURM_NTASKS_PER_NODE', 1))
     return dict(devices=local, nodes=tasks//local)
 
+def torchrun_there(tries:int=5):
+    "Refuse to start for a torchrun that has ended: waiting for its store would take half an hour, holding memory and the lock of the run."
+    env = os.environ
+    if env.get('TORCHELASTIC_USE_AGENT_STORE') != 'True': return          # rank 0 keeps the store itself, and may come later
+    for left in reversed(range(tries)):
+        try: return socket.create_connection((env['MASTER_ADDR'], int(env['MASTER_PORT'])), 10).close()
+        except OSError as e:
+            if not left: raise UserError(f'torchrun does not answer at port {env["MASTER_PORT"]} ({e.strerror or e})', 'a torchrun that runs', 'it has ended, or a firewall stands between the nodes; start it again') from None
+            time.sleep(1)
+
 def make_fabric(
     cfg:TrainConfig,
 ):                   # a launched `lightning.fabric.Fabric`; the settings with devices and nodes as they really are
@@ -157,6 +167,7 @@ def make_fabric(
     kind = device_of(cfg)
     if TorchElasticEnvironment.detect():
         die_with_parent(os.getppid())       # torchrun gives each process a session of its own: a kill of torchrun alone would leave them running, with the lock of the run
+        torchrun_there()                    # and if it ended before we looked, nobody is left to watch
         local,world = int(os.environ.get('LOCAL_WORLD_SIZE', 1)),int(os.environ['WORLD_SIZE'])
         cfg = replace(cfg, devices=local, nodes=max(world//local, 1))
     elif SLURMEnvironment.detect(): cfg = replace(cfg, **slurm())
