@@ -589,7 +589,7 @@ def progress(
             if not self.disable: self.display(); self.disable = True
     return Lines(total=total, initial=initial, desc=desc, unit='step', mininterval=every, maxinterval=every, miniters=1, ncols=0)
 
-# %% ../../nbs/52_train.trainer.ipynb #ed49ee66
+# %% ../../nbs/52_train.trainer.ipynb #a839ee04
 def loop(
     tr:Trainer,      # restored
     cases,           # see `train`
@@ -642,6 +642,7 @@ def loop(
             if halt or cfg.save_every and tr.step % cfg.save_every == 0: save(); saved = tr.step
             if halt: break
         if saved != tr.step: save()
+        elif lead: prune(out/'checkpoints', cfg.keep)                   # killed between the last save and the removal of older ones
         if tr.step < cfg.steps:
             said = f'stopped at step {tr.step} of {cfg.steps} ({stop.reason or ("a signal" if halt > 1 else "time is up")}); the same command continues'
             if lead: bar.write(said)
