@@ -14,9 +14,9 @@ __all__ = ['TOKENS', 'MR_KINDS', 'CONTRAST', 'LABEL', 'NOISE', 'PAIRS', 'IMAGE_D
            'IngestConfig', 'check_config', 'bids_roots', 'find_volumes', 'why_ignored', 'not_ours', 'find_safely',
            'find_items', 'find_label_dir', 'probe_item', 'probe_text', 'pick_frames', 'probe_series', 'by_grid',
            'make_cases', 'join_grids', 'Names', 'hide_words', 'case_row', 'ingest', 'use_labels', 'say_whose', 'twins',
-           'summary']
+           'same_source', 'summary']
 
-# %% ../../nbs/16_data.ingest.ipynb #85d720e3
+# %% ../../nbs/16_data.ingest.ipynb #fa4eaf0b
 import csv
 import hashlib
 import os
@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import UserError, choose, nearest, pseudonym, read_json, site_key
+from ..core import UserError, choose, loads_json, nearest, pseudonym, read_json, site_key
 from .cases import MODALITIES, channel_order, write_manifest
 from .privacy import identifying, quiet_readers, safe_words, show_paths
 from .lists import locate, read_list
@@ -592,7 +592,7 @@ def by_name(r, p, root, visit, cfg):
     if not p.is_dir(): r['subject'] = r['subject'] or i.subject; r['session'] = visit.setdefault(r['case'], r['session'] or i.session)
     return r
 
-# %% ../../nbs/16_data.ingest.ipynb #9d238949
+# %% ../../nbs/16_data.ingest.ipynb #4f045c2c
 LAYOUTS = ('auto', 'nifti', 'bids', 'dicom', 'images', 'npz', 'text', 'table', 'nnssl', 'monai')
 
 @dataclass
@@ -612,6 +612,7 @@ class IngestConfig:
     resample_to_reference:bool=False  # mark volumes of one session on other grids for resampling, instead of keeping them apart
     group:str=''                 # a word for the whole set, e.g. the name of the study
     key:Path|None=None           # site key for pseudonyms; without it one is made in out/private
+    overwrite:bool=False         # let `out`, a manifest of quite other files, be replaced; its pseudonyms can then no longer be resolved
     series:str='first'           # of files that hold several volumes (time, b-value): first (diffusion: the b-value nearest 1000), each (a case each), refuse
     frame:int|None=None          # … or this one of them
     text_columns:tuple[str,...]=()   # columns of a table of reports
@@ -902,7 +903,7 @@ def case_row(draft, n, names, group):
     return dict(case=names.of(f'{i0.case}|{i0.session}|{n}', 'c'), subject=names.of(i0.subject, 's'), session=names.of(f'{i0.subject}|{i0.session}', 'v') if i0.session else '',
         dims=next(iter(draft['images'].values()))[1]['dims'], images=images, labels=labels, group=i0.group or group, split={'validation': 'val', 'valid': 'val', 'training': 'train', 'testing': 'test'}.get(split, split))
 
-# %% ../../nbs/16_data.ingest.ipynb #3a17d14b
+# %% ../../nbs/16_data.ingest.ipynb #224d77a6
 @quiet_readers()
 def ingest(
     cfg,        # `IngestConfig`
@@ -930,6 +931,7 @@ def ingest(
     if bad: raise UserError(f'{len(bad)} of {len(rows)} cases have a split of another name', 'train, val or test', 'map the column or correct it')
     listed = [dict(file=names.file(p.paths), kind=p.kind, reason=p.reason, severity=p.severity) for p in problems]
     for p in labels: names.file([p])
+    if not cfg.overwrite: same_source(cfg.out, names)
     from medssl_nb import __version__
     keep = dict(modality=cfg.modality, resample_to_reference=cfg.resample_to_reference, verify=cfg.verify, label_columns=list(cfg.label_columns), text_columns=list(cfg.text_columns), columns=dict(cfg.columns))
     counts = dict(cases=len(rows), subjects=len({r['subject'] for r in rows}), files=len({(f, p) for f in names.rows for p in names.rows[f]['paths']}), problems=dict(Counter(p.kind for p in problems)))
@@ -938,7 +940,7 @@ def ingest(
     if not rows: raise UserError(f'no case came out of {len(items)} images', 'at least one', 'the problems above say why')
     return dict(out=str(cfg.out), layout=layout, **counts)
 
-# %% ../../nbs/16_data.ingest.ipynb #c8630903
+# %% ../../nbs/16_data.ingest.ipynb #110efec5
 def use_labels(items, problems, root, layout, cfg):
     "The table of labels that was given, or each `labels.csv` for the images of its folder."
     if layout in ('dicom', 'npz', 'text', 'table', 'nnssl', 'monai') and not cfg.labels: return [],problems
@@ -972,6 +974,14 @@ def twins(rows, names):
             if first != r['subject'] and f['file'] in names.rows:
                 row = names.rows[f['file']]; out.append(Problem([Path(row['root'])/p for p in row['paths']], 'twin', 'the same voxels as an image of another person' + (f' (item {f["item"]})' if f['item'] is not None else ''), 'warning'))
     return out
+
+def same_source(out, names):
+    "Refuse to replace a manifest of other files: nobody could say any more what its pseudonyms stand for."
+    path = Path(out)/'private'/'paths.jsonl'
+    if not path.is_file(): return
+    with open(path) as f: old = {loads_json(l, path)['file'] for l in f if l.strip()}
+    if old and names.rows and not old & names.rows.keys():
+        raise UserError(f'{out} is a manifest of {len(old)} other files; none of them is among these {len(names.rows)}', 'another --out', 'the way from its pseudonyms back to its files would be lost; --overwrite True if that is meant')
 
 # %% ../../nbs/16_data.ingest.ipynb #be89110a
 def summary(
