@@ -569,10 +569,6 @@ def test_names_that_lead_out(finished, data, tmp_path):
         refused(lambda: load_checkpoint(run, task(), method="tiny"), "a plain name")
 
 
-if __name__ == "__main__":
-    globals()[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
-
-
 def test_a_rank_whose_torchrun_ended_before_it_looked(tmp_path):
     "torchrun is killed while a rank still imports: the rank's parent is then somebody else, for good, and the store that it would wait for is gone."
 
@@ -583,3 +579,15 @@ def test_a_rank_whose_torchrun_ended_before_it_looked(tmp_path):
     code = "from medssl_nb.train.trainer import TrainConfig, make_fabric; make_fabric(TrainConfig(device='cpu', devices=2))"
     r = subprocess.run([sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
     assert r.returncode == 1 and "torchrun does not answer" in r.stderr, r.stderr[-2000:]
+
+
+def test_older_checkpoints_go_also_when_a_kill_came_after_the_last_save(data, tmp_path):
+    "The run was finished and only the removal of what `keep` does not want was missing: the same command makes up for it."
+    learn(data, tmp_path / "run", keep=2)
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
+    learn(data, tmp_path / "run", keep=1)
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
