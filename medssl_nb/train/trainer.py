@@ -46,6 +46,7 @@ class TrainConfig:
     lr:float=1e-3              # learning rate at the top of the schedule
     optimizer:Literal['sgd','adamw','adam']='adamw'
     momentum:float=.9          # of sgd; beta1 of the others
+    beta2:float=.999           # of adam and adamw
     weight_decay:float=1e-4    # PCRLv2 specification, section 5
     decay:Literal['all','weights']='all'  # 'weights' spares biases and norms (one-dimensional parameters)
     lr_scale:dict[str,float]=field(default_factory=dict)  # name prefix -> factor on the rate, e.g. encoder 0.1
@@ -75,10 +76,11 @@ def check_config(
     cfg:TrainConfig,
 )->TrainConfig:   # the same
     "Values that cannot work are refused before anything is read."
-    for n,lo in dict(steps=1, batch=1, accum=1, devices=1, nodes=1, workers=0, save_every=0, keep=0, log_every=1, health_every=0, warmup=0, weight_decay=0, momentum=0).items():
+    for n,lo in dict(steps=1, batch=1, accum=1, devices=1, nodes=1, workers=0, save_every=0, keep=0, log_every=1, health_every=0, warmup=0, weight_decay=0, momentum=0, beta2=0).items():
         if getattr(cfg, n) < lo: raise UserError(f'{n} is {getattr(cfg, n)}', f'at least {lo}')
     if not (cfg.lr > 0 and math.isfinite(cfg.lr)): raise UserError(f'lr is {cfg.lr}', 'a positive number')
-    if cfg.momentum >= 1: raise UserError(f'momentum is {cfg.momentum}', 'less than 1')
+    for n in ('momentum', 'beta2'):
+        if getattr(cfg, n) >= 1: raise UserError(f'{n} is {getattr(cfg, n)}', 'less than 1')
     if cfg.clip is not None and cfg.clip <= 0: raise UserError(f'clip is {cfg.clip}', 'a positive norm, or None')
     for n,words in dict(optimizer=('sgd','adamw','adam'), decay=('all','weights'), schedule=KINDS, precision=('32-true','bf16-mixed','16-mixed'), device=('auto','cpu','cuda','mps'), strategy=('ddp','fsdp')).items(): choose(getattr(cfg, n), words, n)
     lr_at(0, cfg.steps, cfg.lr, cfg.warmup)
@@ -125,7 +127,7 @@ def make_optimizer(
     if rows and cfg.optimizer != 'adamw': raise UserError(f'{rows[0]} has sparse gradients and the optimiser is {cfg.optimizer}', 'adamw', "--train.optimizer adamw, or sparse='no' in the task")
     one = dict(fused=True) if cfg.fused and cfg.precision != '16-mixed' and cfg.strategy != 'fsdp' else {}
     if cfg.optimizer == 'sgd': return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, **one)
-    return dict(adam=torch.optim.Adam, adamw=RowAdamW if rows else torch.optim.AdamW)[cfg.optimizer](groups, lr=cfg.lr, betas=(cfg.momentum, .999), **one)
+    return dict(adam=torch.optim.Adam, adamw=RowAdamW if rows else torch.optim.AdamW)[cfg.optimizer](groups, lr=cfg.lr, betas=(cfg.momentum, cfg.beta2), **one)
 
 # %% ../../nbs/52_train.trainer.ipynb #8b6370b3
 def device_of(
@@ -240,6 +242,7 @@ class Trainer:
         self.params = [p for g in opt.param_groups for p in g['params']]
 
     def layout(self, x):
+        if self.cfg.channels_last and isinstance(x, dict): return {k: self.layout(v) for k,v in x.items()}
         if not (self.cfg.channels_last and torch.is_tensor(x) and x.ndim in (4, 5)): return x
         return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
 
@@ -267,6 +270,7 @@ class Trainer:
                 terms = self.terms(batch, m)
                 fabric.backward(sum(terms.values())/n)
             each.append({k: v.detach().float() for k,v in terms.items()})
+        self.task.before_step(t)
         norm = self.clip()
         names = list(each[0])
         if clash := sorted(set(names) & set(RESERVED)): raise UserError(f'{type(self.task).__name__} names a term {clash[0]!r}', 'another name: the history uses this one')
