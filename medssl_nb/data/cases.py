@@ -6,8 +6,8 @@
 __all__ = ['MODALITIES', 'channel_order', 'Rows', 'where', 'Names', 'check_file', 'plain_name', 'check_case', 'Manifest',
            'write_manifest', 'split_by_subject', 'check_disjoint', 'pack', 'pack_case', 'pack_mark', 'store',
            'put_files', 'write_case', 'read_mark', 'damage', 'write_index', 'label_points', 'select', 'read_array',
-           'Prepared', 'place_region', 'class_list', 'Cases', 'collate', 'StepSampler', 'Loader', 'make_loader',
-           'text_table', 'summary_table']
+           'Prepared', 'place_region', 'class_list', 'Cases', 'collate', 'StepSampler', 'read_batch', 'Loader',
+           'make_loader', 'text_table', 'summary_table']
 
 # %% ../../nbs/15_data.cases.ipynb #ec26ccbb
 import hashlib
@@ -694,12 +694,12 @@ class Cases(torch.utils.data.Dataset):
 
 # %% ../../nbs/15_data.cases.ipynb #628be038
 def collate(
-    samples:list,   # of `Cases`
+    samples:list,   # of `Cases`, or of other things with the same contract
 )->dict:            # the batch of the contract
-    "Stack samples; names stay a list."
-    shapes = {tuple(s['image'].shape) for s in samples}
+    "Stack samples; names and texts stay lists."
+    shapes = {tuple(s['image'].shape) for s in samples if 'image' in s}
     if len(shapes) > 1: raise UserError(f'images of shapes {sorted(shapes)} in one batch', 'one shape', 'give a region, or use batches of one')
-    return {k: [s[k] for s in samples] if k in ('case','subject') else torch.stack([s[k] for s in samples]) for k in samples[0]}
+    return {k: [s[k] for s in samples] if isinstance(samples[0][k], str) else torch.stack([s[k] for s in samples]) for k in samples[0]}
 
 # %% ../../nbs/15_data.cases.ipynb #3636e049
 class StepSampler:
@@ -750,12 +750,19 @@ class StepSampler:
         return max(self.steps - self.start, 0)*self.accum
 
 # %% ../../nbs/15_data.cases.ipynb #a9c936d0
+def read_batch(
+    cases,       # `Cases`, or anything that is indexed by `(row, seed)`, or that reads batches itself
+    keys,        # of the samples; what a sampler of `cases` yields
+)->dict:
+    "A micro-batch."
+    return cases.read_batch(keys) if hasattr(cases, 'read_batch') else collate([cases[k] for k in keys])
+
 class _Reader(torch.utils.data.Dataset):
     "Read and stack inside the worker; errors travel as values."
     def __init__(self, cases): self.cases = cases
     def __len__(self): return len(self.cases)
     def __getitems__(self, keys):
-        try: return collate([self.cases[k] for k in keys])
+        try: return read_batch(self.cases, keys)
         except UserError as e: return e
 
 def _as_is(x): return x
