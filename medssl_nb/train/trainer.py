@@ -250,6 +250,7 @@ class Trainer:
         self.params = [p for g in opt.param_groups for p in g['params']]
 
     def layout(self, x):
+        if self.cfg.channels_last and isinstance(x, dict): return {k: self.layout(v) for k,v in x.items()}
         if not (self.cfg.channels_last and torch.is_tensor(x) and x.ndim in (4, 5)): return x
         return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
 
@@ -277,6 +278,7 @@ class Trainer:
                 terms = self.terms(batch, m)
                 fabric.backward(sum(terms.values())/n)
             each.append({k: v.detach().float() for k,v in terms.items()})
+        self.task.before_step(t)
         norm = self.clip()
         names = list(each[0])
         if clash := sorted(set(names) & set(RESERVED)): raise UserError(f'{type(self.task).__name__} names a term {clash[0]!r}', 'another name: the history uses this one')
