@@ -16,6 +16,7 @@ METHODS = dict(  # name -> module, task, settings
     pcrlv2=('medssl_nb.tasks.pcrlv2', 'PCRLv2', 'PCRLv2Config'),
     brainmvp=('medssl_nb.tasks.brainmvp', 'BrainMVP', 'BrainMVPConfig'),
     taco  =('medssl_nb.tasks.taco',   'TACO',   'TACOConfig'),
+    mim   =('medssl_nb.tasks.mim',    'MIM',    'MIMConfig'),
 )
 PRESETS = ('3d', '2d', 'small3d', 'small2d')
 
