@@ -23,6 +23,7 @@ COMMANDS = dict(
     probe   =('medssl_nb.eval.transfer', 'ProbeConfig',    'probe',         'data', 'a frozen encoder, judged by a linear head'),
     continual=('medssl_nb.continual', None,            None,            '',     'stage after stage, or one stage at each site: run | stage | verify'),
     export  =('medssl_nb.export',        'ExportConfig',   'export',        'encoder', 'an encoder -> MONAI, nnU-Net, or a verified copy'),
+    audit   =('medssl_nb.audit',         'AuditConfig',    'audit',         'packet', 'a pool of invented volumes against the patients it came from: copies, membership, a verdict'),
     doctor  =('medssl_nb.doctor',        'DoctorConfig',   'doctor',        'manifest', 'what is wrong with this machine, and what to do about it'),
     demo    =('medssl_nb.demo',          'DemoConfig',     'demo',          'out',  'all of the above on synthetic data, and a page of figures'),
 )
