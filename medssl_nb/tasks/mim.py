@@ -231,6 +231,7 @@ def pick_channels(
 class MIM(Task):
     "Hide patches or words, ask for them."
     method = 'mim'
+    mixes = True                      # asked by `batch['mixup']`: tokens, and images after their augmentation
     citation = 'Masked modelling as in MedCoSS, Ye et al., CVPR 2024, arXiv 2311.17597; He et al. 2022, arXiv 2111.06377'
     def __init__(self, cfg:MIMConfig=MIMConfig()):
         super().__init__()
