@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['T', 'S', 'FAMILIES', 'StageConfig', 'ScoreConfig', 'Common', 'ContinualConfig', 'SiteConfig', 'train_defaults',
            'common', 'word_in', 'plan_settings', 'find_prepared', 'StageData', 'reads', 'region_of', 'family_cases',
-           'fresh_task', 'old_cases', 'mix_cases', 'new_steps', 'stage_train', 'shared_settings', 'Scene', 'Team',
-           'in_order', 'readouts', 'make_buffer', 'finish_stage', 'do_stage', 'some', 'case_loss', 'refitter',
+           'fresh_task', 'give_words', 'old_cases', 'mix_cases', 'new_steps', 'stage_train', 'shared_settings', 'Scene',
+           'Team', 'in_order', 'readouts', 'make_buffer', 'finish_stage', 'do_stage', 'some', 'case_loss', 'refitter',
            'score_stage', 'evaluate_stage', 'joint_stage', 'check_plan', 'run', 'replace_plan', 'write_result',
            'site_settings', 'stage', 'VerifyConfig', 'verify']
 
@@ -27,6 +27,7 @@ from .core import UserError, choose, generator, read_json, read_jsonl, seed_of, 
 from .data.cases import Cases, Prepared, plain_name, read_batch, text_table
 from .data.stages import Beside, Mixed, TextCases, choose_rows, part, report_rows, write_buffer
 from .data.stages import Joint as JointCases
+from .data.text import train_tokenizer
 from .eval.forgetting import knn_accuracy, linear_cka, measures_md, pretext_scores, ridge_probe, summarise_runs
 from .packet import Packet, hand_over, own_tensors, provenance, write_packet
 from .pretrain import fingerprint, normalisation
@@ -35,7 +36,7 @@ from .tasks.base import belongs, to_device
 from .tasks.registry import METHODS, load_task, task_config
 from .tasks.supervised import card_norm
 from .train.checkpoint import atomic_dir, latest, load_checkpoint, read_tensors
-from .train.trainer import TrainConfig, check_config, differing, make_fabric, train
+from .train.trainer import TrainConfig, check_config, differing, make_fabric, peak_rate, train
 
 # %% ../nbs/71_continual.ipynb #f173c936
 T,S = TypeVar('T'),TypeVar('S')
@@ -75,9 +76,8 @@ class Common(Generic[T, S]):
     epochs:float|None=300.        # passes over the new data of a stage, where `steps` is not given
     steps:int|None=None           # on new data, the same for every strategy
     warmup:float=40/300           # of a stage's steps
-    base_lr:float|None=1.5e-4     # for 256 cases a step; None: train.lr as it is
     reset_decoder:bool=True       # begin anew with decoder and heads each stage
-    train:TrainConfig=field(default_factory=TrainConfig)  # the loop; steps, warmup and (with base_lr) lr are set by the above
+    train:TrainConfig=field(default_factory=TrainConfig)  # the loop; steps and warmup are set by the above
     resume:Literal['auto','must','force','never']='auto'
 
 @dataclass
@@ -105,12 +105,12 @@ class SiteConfig(Common[T, S]):
 def train_defaults(preset:str)->TrainConfig:
     "How MedCoSS trained; small presets: what a laptop finishes in minutes."
     if preset.startswith('small'): return TrainConfig(batch=16, lr=2e-3, momentum=.9, beta2=.95, weight_decay=.05, decay='weights', save_every=100)
-    return TrainConfig(batch=128, lr=3e-4, momentum=.9, beta2=.95, weight_decay=.05, decay='weights')
+    return TrainConfig(batch=128, accum=4, lr=1.5e-4, lr_per=256, momentum=.9, beta2=.95, weight_decay=.05, decay='weights')   # 512 cases a step, as four devices would
 
 def common(method:str, preset:str, strategy:str)->dict:
     "Defaults that fit these names."
     task = task_config(method, preset)
-    small = dict(epochs=None, steps=300, base_lr=None) if preset.startswith('small') else {}
+    small = dict(epochs=None, steps=300) if preset.startswith('small') else {}
     return dict(task=task, settings=strategy_config(strategy), method=method, preset=preset, strategy=strategy, train=train_defaults(preset), **small)
 
 def word_in(words:list, name:str):
@@ -203,6 +203,10 @@ def fresh_task(cfg:Common, stage:int, rows=None, channels=None):
         torch.manual_seed(seed_of(cfg.train.seed, stage, 0, 'weights'))
         return load_task(cfg.method, c)
 
+def give_words(task, data:StageData):
+    "The first stage of reports makes the vocabulary; later ones find it with the weights."
+    if data.kind == 'text' and hasattr(task, 'set_tokenizer') and not task.encoder.words.any(): task.set_tokenizer(train_tokenizer((r['text'] for r in data.train), task.cfg.vocab))
+
 def old_cases(packet:Packet, task, strategy)->dict:
     "Old cases of a packet, by stage."
     kinds,out = {s['name']: s for s in packet.stages},{}
@@ -225,14 +229,13 @@ def new_steps(cfg:Common, stage:StageConfig, n:int, group:int)->int:
     if not cfg.epochs: raise UserError(f'stage {stage.name!r} has neither steps nor epochs', 'one of them')
     return max(round(cfg.epochs*max(n//group, 1)), 1)
 
-def stage_train(cfg:Common, total:int, world:int)->TrainConfig:
+def stage_train(cfg:Common, total:int)->TrainConfig:
     "The settings of the loop for one stage."
-    t = cfg.train; group = t.batch*t.accum*world
-    return check_config(replace(t, steps=total, warmup=round(cfg.warmup*total), lr=t.lr if cfg.base_lr is None else cfg.base_lr*group/256))
+    return check_config(replace(cfg.train, steps=total, warmup=round(cfg.warmup*total)))
 
 def shared_settings(cfg:Common, planned:int)->dict:
     "What all stages of a sequence have in common, as plain values."
-    c = {k: to_dict(getattr(cfg, k)) for k in ('strategy', 'settings', 'method', 'preset', 'task', 'epochs', 'steps', 'warmup', 'base_lr', 'reset_decoder', 'train')}
+    c = {k: to_dict(getattr(cfg, k)) for k in ('strategy', 'settings', 'method', 'preset', 'task', 'epochs', 'steps', 'warmup', 'reset_decoder', 'train')}
     return json.loads(json.dumps({**c, 'planned': planned}))
 
 class Scene:
@@ -247,13 +250,14 @@ class Scene:
         if cfg.train.strategy == 'fsdp' and world > 1 and not self.strategy.divides: raise UserError(f'strategy {cfg.strategy!r} with weights divided among processes', '--train.strategy ddp', 'it looks at whole weights')
         task = fresh_task(cfg, self.index, data.train, data.stage.channels)
         if before: hand_over(before, task, cfg.reset_decoder)
+        give_words(task, data)
         self.new,self.old = data.cases(task),old_cases(before, task, self.strategy) if before and self.strategy.old in ('step', 'beside') else {}
         self.mix = mix_cases(self.strategy, self.new, self.old, data.name)
         t = cfg.train; self.steps = new_steps(cfg, data.stage, len(self.new), t.batch*t.accum*world)
         self.total = self.mix.steps_for(self.steps, t.batch, t.seed, world, t.accum) if type(self.mix) is Mixed and len(self.mix.sources) > 1 else self.steps
         self.strategy.begin(task, self.index, self.total, before.kept() if before else {}, {n: [r['case'] for r in c.rows] for n,c in self.old.items()}, t.seed)
         self.task = ContinualTask(task, self.strategy, task if before else None)
-        self.train = stage_train(cfg, self.total, world)
+        self.train = stage_train(cfg, self.total)
     def config(self)->dict:
         "For the comparison on resume: another packet or another plan is another run."
         return dict(**shared_settings(self.cfg, self.planned), stage=to_dict(replace(self.data.stage, data=None)), before=self.before.facts['sha256'] if self.before else None, world=self.world)
@@ -264,7 +268,7 @@ class Scene:
     def cost(self)->dict:
         "What the strategy takes on top of sequential training."
         old = self.total - self.steps
-        return dict(new_steps=self.steps, old_steps=old, old_batches_beside=self.steps*2*isinstance(self.mix, Beside), extra_passes=self.strategy.cost(self.steps, old), lr=self.train.lr, batch=self.train.batch*self.train.accum*self.world)
+        return dict(new_steps=self.steps, old_steps=old, old_batches_beside=self.steps*2*isinstance(self.mix, Beside), extra_passes=self.strategy.cost(self.steps, old), lr=peak_rate(self.train, self.world), batch=self.train.batch*self.train.accum*self.world)
 
 # %% ../nbs/71_continual.ipynb #c72b88bd
 class Team:
@@ -394,7 +398,7 @@ def score_stage(
     task = fresh_task(cfg, stage if after else 0, data.train, data.stage.channels)
     strategy = load_strategy(cfg.strategy, replace(cfg.settings, stages=cfg.planned) if hasattr(cfg.settings, 'stages') and not cfg.settings.stages else cfg.settings)
     if packet: hand_over(packet, task); strategy.begin(task, after - 1, 1, packet.kept() if cfg.strategy == 'packnet' else {}, {}, cfg.train.seed)
-    task.to(device); strategy.to(device); seed,target = cfg.train.seed,data.stage.target
+    give_words(task, data); task.to(device); strategy.to(device); seed,target = cfg.train.seed,data.stage.target
     test = some(data.test if len(data.test) else data.train, score.cases, seed, data.name); learn = some(data.train, score.cases, seed, data.name)
     base = dict(strategy=cfg.strategy, seed=seed, after=after, stage=stage+1, name=data.name, held_out=bool(len(data.test)))
     rows,per_case = [],lambda name, values, rs, **k: [dict(base, score=name, value=float(v), subject=r['subject'], **k) for v,r in zip(values, rs)]
@@ -448,7 +452,8 @@ def joint_stage(cfg:ContinualConfig, datas:list, team:Team)->Packet:
     t = cfg.train; strategy = load_strategy('joint', cfg.settings); task = fresh_task(cfg, 0, [r for d in datas for r in d.train], None)
     sources = {d.name: d.cases(task) for d in datas}
     total = sum(new_steps(cfg, d.stage, len(d.train), t.batch*t.accum*team.world) for d in datas)
-    strategy.begin(task, 0, total, {}, {n: [] for n in sources}, t.seed); whole = ContinualTask(task, strategy); train_cfg = stage_train(cfg, total, team.world)
+    for d in datas: give_words(task, d)
+    strategy.begin(task, 0, total, {}, {n: [] for n in sources}, t.seed); whole = ContinualTask(task, strategy); train_cfg = stage_train(cfg, total)
     team.say(f'joint: {sum(len(c) for c in sources.values())} cases of {len(sources)} stages, {total} steps')
     train(whole, JointCases(sources, strategy.cfg.draw), train_cfg, run, method=whole.method, card=dict(preset=cfg.preset, strategy='joint', stages=list(sources)), resume=cfg.resume, config=dict(**settings, data=[d.facts() for d in datas], world=team.world))
     def end():
@@ -457,7 +462,7 @@ def joint_stage(cfg:ContinualConfig, datas:list, team:Team)->Packet:
         with atomic_dir(to) as tmp:                                           # one packet; each stage with the decoder that serves it
             before = None
             for i,d in enumerate(datas):
-                with strategy2.own(task, d.name): write_packet(tmp/f'{i}', task, {**d.facts(), 'cost': dict(new_steps=total, old_steps=0, extra_passes=strategy2.cost(total, 0), lr=train_cfg.lr)}, settings, before)
+                with strategy2.own(task, d.name): write_packet(tmp/f'{i}', task, {**d.facts(), 'cost': dict(new_steps=total, old_steps=0, extra_passes=strategy2.cost(total, 0), lr=peak_rate(train_cfg, team.world))}, settings, before)
                 before = Packet(tmp/f'{i}')
             last = tmp/f'{len(datas)-1}'
             for f in sorted(last.iterdir()): os.rename(f, tmp/f.name)
@@ -490,7 +495,7 @@ def run(
         for i,s in enumerate(cfg.stages):
             name = f'{first+i+1:02d}_{s.name}'
             packet = do_stage(cfg, s, packet, out/'stages'/name, out/'packets'/name, planned, team); rows += scored(i+1, packet) or []
-    result = team.lead(lambda: write_result(cfg, rows, out)) if rows or team.rank == 0 else None
+    result = team.lead(lambda: write_result(cfg, rows, out))
     return dict(out=out, rows=rows, result=result, packet=packet)
 
 def replace_plan(cfg, planned:int):
@@ -520,7 +525,7 @@ def site_settings(words:list)->tuple:
     before = word_in(words, 'before') or text.get('before')
     if before:
         s = Packet(before).settings; base = common(choose(s.get('method'), METHODS, 'method'), s.get('preset'), s.get('strategy'))
-        base = {**base, **{k: from_dict(base[k], s[k], k) for k in ('task', 'settings', 'train')}, **{k: s[k] for k in ('epochs', 'steps', 'warmup', 'base_lr', 'reset_decoder', 'planned')}}
+        base = {**base, **{k: from_dict(base[k], s[k], k) for k in ('task', 'settings', 'train')}, **{k: s[k] for k in ('epochs', 'steps', 'warmup', 'reset_decoder', 'planned')}}
     else:
         pick = lambda n, default: word_in(words, n) or text.get(n, default)
         base = common(choose(pick('method', 'mim'), METHODS, 'method'), pick('preset', 'unified'), pick('strategy', 'medcoss'))
