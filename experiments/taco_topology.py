@@ -110,6 +110,7 @@ WHY = {  # name -> (arm, changes of the setting): what could make criteria fail?
     "warp 3: full": ("rec + intra + inter", dict(warp=3.0)),
     "weights 1": ((TACO, dict(w_intra=1.0, w_inter=1.0)), {}),
     "partners of ratio 0.9": ((TACO, dict(ratio=0.9)), {}),
+    "mirrors and turns: full": ((TACO, dict(flip=(0.2, 0.2, 0.2), turn=0.2)), {}),
     "200 steps: rec": ("rec", dict(steps=200)),
     "200 steps: full": ("rec + intra + inter", dict(steps=200)),
     "200 steps: true contrast (ceiling)": ((TrueContrast, dict(w_intra=0, w_inter=1.0)), dict(steps=200)),
