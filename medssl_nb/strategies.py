@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .core import UserError, choose, generator, seed_of
-from .tasks.base import Task, belongs, idle_zero
+from .tasks.base import Task, belongs, idle_zero, to_device
 from .train.trainer import whole
 
 # %% ../nbs/68_strategies.ipynb #d783fe59
@@ -124,9 +124,10 @@ class ContinualTask(Task):
 def mixup(
     batch:dict,  # of one modality; not changed
     gen,         # CPU generator
+    task=None,   # one that `mixes` by itself (tokens of text; images after its own augmentation) is asked to
 )->dict:
-    "Each case mixed with another one; text is left to the task, which is asked to mix tokens."
-    if 'image' not in batch: return {**batch, 'mixup': True}
+    "Each case mixed with another one."
+    if getattr(task, 'mixes', False): return {**batch, 'mixup': True}
     x = batch['image']; n = len(x)
     lam = torch.rand(n, generator=gen).to(x).view(-1, *[1]*(x.ndim-1)); pair = torch.randperm(n, generator=gen).to(x.device)
     out = {**batch, 'image': lam*x + (1-lam)*x[pair], 'present': batch['present'] | batch['present'][pair]}
@@ -156,7 +157,7 @@ class Replay(Strategy):
         if cfg.ratio is not None and not 0 <= cfg.ratio < 1: raise UserError(f'ratio is {cfg.ratio}', 'a share of the steps, in [0, 1)', 'or None: by the size of the buffer')
         choose(cfg.objective, ('distill', 'pretext', 'both'), 'objective'); choose(cfg.select, ('random', 'kmeans', 'inverted'), 'select')
         self.share,self.chosen,self.teacher = cfg.share,cfg.select,cfg.objective != 'pretext'
-    def views(self, task, batch, gen): return task.views(mixup(batch, gen) if self.cfg.mixup and batch.get('old') else batch, gen)
+    def views(self, task, batch, gen): return task.views(mixup(batch, gen, task) if self.cfg.mixup and batch.get('old') else batch, gen)
     def forward(self, task, teacher, v):
         if not v['_old'] or self.cfg.objective == 'pretext': return task(v)
         out = task(v) if self.cfg.objective == 'both' else dict(idle=idle_zero(task))
@@ -231,13 +232,13 @@ def fisher(
     seed:int=0,
 )->dict:            # name -> tensor
     "Mean over cases of the squared gradient of the loss with respect to the shared parameters."
-    ps = shared_parameters(task); total,n,modes = {k: torch.zeros_like(p, dtype=torch.float32) for k,p in ps.items()},0,[m for m in task.modules() if m.training]
+    ps = shared_parameters(task); device = next(iter(ps.values())).device; total,n,modes = {k: torch.zeros_like(p, dtype=torch.float32) for k,p in ps.items()},0,[m for m in task.modules() if m.training]
     task.eval()
     try:
         for i,b in enumerate(batches):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed_of(seed, i, 0, 'fisher', 'forward'))
-                with torch.no_grad(): v = task.views(b, generator(seed, i, 0, 'fisher'))
+                with torch.no_grad(): v = task.views({**to_device(b, device), 'progress': 1., 'step': i}, generator(seed, i, 0, 'fisher'))
                 loss = sum(task.losses(task(v), v).values())
             for k,g in zip(ps, torch.autograd.grad(loss, list(ps.values()), allow_unused=True)):
                 if g is not None: total[k] += g.float()**2
