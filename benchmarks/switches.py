@@ -1,6 +1,7 @@
 """What each switch of the trainer costs or saves: memory layout, 16 bits, torch.compile, fused optimisers, fused attention.
 
-    python benchmarks/switches.py            # writes benchmarks/switches.json; about ten minutes on one busy core (--no-compile: three)
+    python benchmarks/switches.py            # writes benchmarks/switches.json; about half an hour on one core (--no-compile: six minutes)
+    python benchmarks/switches.py --only swin uniformer   # these rows alone, anew, in the file that is there
 
 Every variant of a step (forward, losses, backward; views are made before) runs once in each round, so that a slow moment of the machine hits all of them; processor time of this process, median over
 rounds, as a ratio to plain float32 in the memory layout that PyTorch gives by default. Beside each time stands what the switch changes: relative difference of the loss, and the angle between
@@ -23,7 +24,10 @@ import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
 from medssl_nb.core import generator  # noqa: E402
+from medssl_nb.nets.nnunet import PlainEncoder, ResEncEncoder  # noqa: E402
+from medssl_nb.nets.swin3d import SwinEncoder  # noqa: E402
 from medssl_nb.nets.unet import ResNetEncoder, UNetEncoder  # noqa: E402
+from medssl_nb.nets.uniformer3d import UniFormerEncoder  # noqa: E402
 from medssl_nb.tasks.registry import load_task, task_config  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -57,6 +61,10 @@ def encoders():
         "unet 3-D, 16 to 128, 2x1x32x64x64": (Alone(UNetEncoder(1, (16, 32, 64, 128))), x(2, 1, 32, 64, 64)),
         "unet 2-D, 16 to 128, 8x1x128x128": (Alone(UNetEncoder(1, (16, 32, 64, 128), 2)), x(8, 1, 128, 128)),
         "resnet18 2-D, 4x3x128x128": (Alone(ResNetEncoder(3)), x(4, 3, 128, 128)),
+        "uniformer 3-D, UniFormer-S, 1x1x64x64x64": (Alone(UniFormerEncoder(1)), x(1, 1, 64, 64, 64)),
+        "swin 3-D, width 48, 1x1x64x64x64": (Alone(SwinEncoder(1)), x(1, 1, 64, 64, 64)),
+        "plain 3-D, nnU-Net, 32 to 320, 1x1x64x64x64": (Alone(PlainEncoder(1)), x(1, 1, 64, 64, 64)),
+        "resenc 3-D, nnU-Net, 32 to 320, 1x1x64x64x64": (Alone(ResEncEncoder(1)), x(1, 1, 64, 64, 64)),
     }
 
 
@@ -176,22 +184,30 @@ def main():
     a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     a.add_argument("--rounds", type=int, default=7)
     a.add_argument("--no-compile", action="store_true")
+    a.add_argument("--only", nargs="*", default=None, help="beginnings of names of networks; the other rows stay as they are")
     a.add_argument("--out", type=Path, default=HERE / "switches.json")
     a = a.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    row = dict(device="cpu", machine=platform.machine(), processor=processor(), threads=torch.get_num_threads(), cpus=os.cpu_count(), torch=str(torch.__version__), rounds=a.rounds, load=round(os.getloadavg()[0], 2),
-               optimiser=optimisers(9), attention=attention(a.rounds), steps={})
-    for name, (task, views) in {**encoders(), **tasks()}.items():
-        row["steps"][name] = measure(task, views, a.rounds, False)
+    facts = dict(device="cpu", machine=platform.machine(), processor=processor(), threads=torch.get_num_threads(), cpus=os.cpu_count(), torch=str(torch.__version__), rounds=a.rounds, load=round(os.getloadavg()[0], 2))
+    if a.only is None:
+        row = dict(facts, optimiser=optimisers(9), attention=attention(a.rounds), steps={})
+    else:
+        row = json.loads(a.out.read_text())
+        if (row["torch"], row["processor"]) != (facts["torch"], facts["processor"]):
+            raise SystemExit(f"{a.out} is of torch {row['torch']} on {row['processor']}; here {facts['torch']} on {facts['processor']}: run it whole")
+    wanted = {k: v for k, v in {**encoders(), **tasks()}.items() if a.only is None or k.startswith(tuple(a.only))}
+    for name, (task, views) in wanted.items():
+        got = measure(task, views, a.rounds, False)
+        if not a.no_compile:
+            more = measure(task, views, a.rounds, True)  # against a float32 of its own, which took turns with it
+            got.update({k: v for k, v in more.items() if k != "float32"})
+            torch._dynamo.reset()
+        if a.only is not None:
+            got["load"] = facts["load"]
+        row["steps"][name] = got
         save(row, a.out)
-        print(name, {k: v.get("ratio", v.get("error")) for k, v in row["steps"][name].items()}, flush=True)
-    for name, (task, views) in {} if a.no_compile else {k: v for k, v in {**tasks(), **encoders()}.items() if k.startswith(("mae small3d", "unet", "resnet"))}.items():
-        more = measure(task, views, a.rounds, True)  # against a float32 of its own, which took turns with it
-        row["steps"][name].update({k: v for k, v in more.items() if k != "float32"})
-        save(row, a.out)
-        print(name, {k: v.get("ratio", v.get("error")) for k, v in more.items()}, flush=True)
-        torch._dynamo.reset()
+        print(name, {k: v.get("ratio", v.get("error")) for k, v in got.items() if isinstance(v, dict)}, flush=True)
 
 
 def save(row, path):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['seed_of', 'generator', 'field_generator', 'UserError', 'nearest', 'choose', 'check_shape', 'atomic', 'sweep',
-           'size_text', 'disk_errno', 'disk_errors', 'die_with_parent', 'write_json', 'loads_json', 'read_json',
-           'write_jsonl', 'read_jsonl', 'sha256_file', 'site_key', 'pseudonym']
+           'atomic_dir', 'size_text', 'disk_errno', 'disk_errors', 'die_with_parent', 'write_json', 'loads_json',
+           'read_json', 'write_jsonl', 'read_jsonl', 'sha256_file', 'site_key', 'pseudonym']
 
 # %% ../nbs/00_core.ipynb #2d3d079b
 import difflib
@@ -19,6 +19,7 @@ import shutil
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -129,6 +130,33 @@ def sweep(
     left = [p for p in (Path(dir).rglob if deep else Path(dir).glob)('.*.tmp') if re.fullmatch(r'\..+\.[a-z0-9_]{8}\.tmp', p.name) and p.is_file() and not p.is_symlink()]
     for p in left: p.unlink(missing_ok=True)
     return sorted(p.name for p in left)
+
+# %% ../nbs/00_core.ipynb #bbba1077
+def _fsync(path):
+    fd = os.open(path, os.O_RDONLY)
+    try: os.fsync(fd)
+    finally: os.close(fd)
+
+@contextmanager
+def atomic_dir(
+    path,      # directory that shall appear
+):             # yields a hidden neighbour to fill
+    "Fill what it yields; the directory appears when the block ends without an error."
+    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    tmp,old = (path.parent/f'.{path.name}.{os.getpid()}.{end}' for end in ('tmp', 'old'))
+    shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir()
+    try:
+        yield tmp
+        with ThreadPoolExecutor(16) as pool: list(pool.map(_fsync, [*tmp.rglob('*'), tmp]))      # names of files are safe when their folder is
+        aside = path.exists()
+        if aside: os.rename(path, old)
+        try: os.rename(tmp, path)
+        except BaseException:
+            if aside: os.rename(old, path)
+            raise
+        _fsync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally: shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/00_core.ipynb #9823603a
 _DISK = {errno.ENOSPC: 'the disk is full', errno.EDQUOT: 'your quota on this disk is used up', errno.EFBIG: 'the largest allowed file size is reached (ulimit -f)', errno.EROFS: 'the disk is read-only',

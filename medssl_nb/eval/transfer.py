@@ -199,6 +199,7 @@ def load_arm(name, path, channels:int, dims:int, cfg)->Arm:
     "One encoder from disk, rebuilt for `channels`."
     if not Path(path).exists(): raise UserError(f'arm {name!r}: nothing at {path}', 'a run, a checkpoint or an encoder folder', 'check the path')
     enc,card = load_encoder(path)
+    if len(getattr(enc, 'kinds', ())) > 1: enc = enc.narrow(dims)     # of several kinds of input: the tokenizer of this one alone
     if enc.dims != dims: raise UserError(f'arm {name!r} is a {enc.dims}-D encoder and the data is {dims}-D', f'a {dims}-D encoder')
     norm = cfg.normalise if cfg.normalise != 'auto' else trained_norm(path, card)
     if norm is None: raise UserError(f'arm {name!r}: the card does not say which input the encoder was trained on', 'one of ' + ', '.join(NORMS), 'say it with --normalise')

@@ -13,6 +13,7 @@ from .nnunet import PlainEncoder, ResEncEncoder
 from .swin3d import DilatedEncoder, SwinEncoder
 from .unet import ResNetEncoder, UNetEncoder
 from .uniformer3d import ResidualEncoder, UniFormerEncoder
+from .vit import UnifiedViT
 
 # %% ../../nbs/29_nets.registry.ipynb #9dee1b1a
 NETS = dict(
@@ -24,6 +25,7 @@ NETS = dict(
     dilated=DilatedEncoder,  # small and wide-eyed, for lessons
     plain=PlainEncoder,      # nnU-Net's PlainConvUNet, and MONAI's DynUNet
     resenc=ResEncEncoder,    # nnU-Net's ResidualEncoderUNet
+    vit=UnifiedViT,          # one transformer for images, volumes and reports: MedCoSS's encoder
 )
 
 # %% ../../nbs/29_nets.registry.ipynb #fef1b11b

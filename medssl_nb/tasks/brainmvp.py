@@ -25,6 +25,7 @@ from ..nets.registry import named_encoder
 from ..nets.swin3d import ResizeDecoder
 from ..nets.uniformer3d import ResidualDecoder, ResidualEncoder, TokenDecoder, UniFormerEncoder
 from .base import Task
+from .mae import pooled
 
 # %% ../../nbs/43_tasks.brainmvp.ipynb #98cfca1f
 SEQUENCES = ('flair', 't1', 't1c', 't2', 'mra', 'pd', 'dwi', 'adc')   # the authors' eight; specification 2.1
@@ -292,6 +293,11 @@ class BrainMVP(Task):
         if c.w_template: terms['distill'] = c.w_template*second.mean() + (c.w_cross*(first*(1-real)).sum()/B if c.w_cross else 0.)
         if c.w_contrast: terms['contrast'] = c.w_contrast*info_nce(out['f'], out['g'], c.temp, c.gather) if v['contrast'] else none
         return terms
+    def features(self, v):
+        "Bottleneck of the partner copy, holes without a partner left empty: the templates, which belong to a stage, are not in it."
+        real = v['real'].view(-1, *[1]*(v['target'].ndim-1))
+        return self.encoder(cross_fill(v['target'], torch.where(real, v['other'], torch.zeros_like(v['other'])), v['hole1']))[-1].flatten(2).transpose(1, 2)
+    def readout(self, batch, cls=True): return pooled(self.encoder, batch, 1)
     def export(self, out, rows):
         "Leave the templates in the run, on the spacing of the cases."
         if not self.cfg.w_template: return

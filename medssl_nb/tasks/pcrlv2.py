@@ -25,6 +25,7 @@ from ..nets.heads import Predictor, Projection, RestoreHead
 from ..nets.registry import named_encoder
 from ..nets.unet import PyramidDecoder
 from .base import Task, idle_zero, one_modality
+from .mae import pooled
 
 # %% ../../nbs/42_tasks.pcrlv2.ipynb #1a69c3b5
 FULL_2D = dict(dims=2, net='resnet18', in_channels=3, region=(256,256), crops='area', size=(224,224), local_size=(96,96), flip=(0.,.5), zoom=(1.,1.), outside='zero', grey=.2,
@@ -396,6 +397,14 @@ class PCRLv2(Task):
         mid = mean([F.mse_loss(y, t) for s in lv['mid'] for y,t in zip(out['mid'][s], v['target'])])
         pair = mean([siamese(*reversed(out['x1'][s]), *reversed(out['x2'][s])) for s in lv['pair']])
         return dict(rec=w[0]*rec + out['idle'], mid=w[1]*v['beta']*mid, pair=w[2]*pair, local=w[3]*local_term(out, lv['local']))
+    def features(self, v):
+        "Bottleneck of both global views, `(B, 2n, D)`."
+        return torch.cat([self.encoder(v[k])[-1].flatten(2).transpose(1, 2) for k in ('x1', 'x2')], 1)
+    def readout(self, batch, cls=True):
+        c,x = self.cfg,batch['image']
+        norm = zscore if c.norm == 'zscore' else lambda x: normalise(x, c.mean, c.std)
+        one = c.in_channels == 1 or c.in_channels != x.shape[1]                   # grey images for a network of three
+        return pooled(self.encoder, batch, 1 if one else c.in_channels, norm, c.in_channels if one else 1)
     @torch.no_grad()
     def health(self, out, v):
         "For the history: spread of `z` per level asked about (1 healthy, 0 collapsed), and the share of crops that are no good."

@@ -16,6 +16,7 @@ METHODS = dict(  # name -> module, task, settings
     pcrlv2=('medssl_nb.tasks.pcrlv2', 'PCRLv2', 'PCRLv2Config'),
     brainmvp=('medssl_nb.tasks.brainmvp', 'BrainMVP', 'BrainMVPConfig'),
     taco  =('medssl_nb.tasks.taco',   'TACO',   'TACOConfig'),
+    mim   =('medssl_nb.tasks.mim',    'MIM',    'MIMConfig'),
 )
 PRESETS = ('3d', '2d', 'small3d', 'small2d')
 
@@ -33,7 +34,8 @@ def task_config(
 ):                         # settings
     "Settings of a method, by preset."
     _,config = method(name)
-    return getattr(config, {'3d':'for_3d', '2d':'for_2d'}.get(choose(preset, PRESETS, 'preset'), preset))()
+    names = PRESETS + tuple(p for p in ('unified', 'small_unified') if hasattr(config, p))   # one network for reports, images and volumes
+    return getattr(config, {'3d':'for_3d', '2d':'for_2d'}.get(choose(preset, names, 'preset'), preset))()
 
 def load_task(
     name:str,      # of the method

@@ -169,7 +169,8 @@ class Segment(Task):
         self.cfg,self.region,self.channels,self.encoder = cfg,tuple(cfg.region),cfg.channels,encoder
         self.values = tuple(sorted(named)) if cfg.regions else tuple(cfg.values)
         k = len(cfg.regions) or len(self.values)+1
-        self.decoder = LinearDecoder(encoder, k) if cfg.decoder == 'linear' else SkipDecoder(encoder, k, norm=cfg.norm)
+        own = getattr(encoder, 'make_decoder', None)              # an encoder may know which decoder fits: a transformer has no pyramid
+        self.decoder = LinearDecoder(encoder, k) if cfg.decoder == 'linear' else own(k, norm=cfg.norm) if own else SkipDecoder(encoder, k, norm=cfg.norm)
         if cfg.freeze >= 1: encoder.requires_grad_(False)
         top = max(self.values)
         lut = torch.full((top+2,), -1); lut[0] = 0
@@ -297,7 +298,8 @@ class Classify(Task):
         if cfg.classes < 2 and not cfg.multi: raise UserError(f'{cfg.classes} class', 'at least two, or multi=True')
         if cfg.weight and len(cfg.weight) != cfg.classes: raise UserError(f'{len(cfg.weight)} weights for {cfg.classes} classes', 'one each')
         self.cfg,self.region,self.channels,self.encoder = cfg,tuple(cfg.region),cfg.channels,encoder
-        self.head = (MLPHead if choose(cfg.head, ('linear','mlp'), 'head') == 'mlp' else ClassHead)(encoder, cfg.classes, dropout=cfg.dropout)
+        own = getattr(encoder, 'make_head', None)
+        self.head = MLPHead(encoder, cfg.classes, dropout=cfg.dropout) if choose(cfg.head, ('linear','mlp'), 'head') == 'mlp' else own(cfg.classes, dropout=cfg.dropout) if own else ClassHead(encoder, cfg.classes, dropout=cfg.dropout)
         if cfg.freeze >= 1: encoder.requires_grad_(False)
     def views(self, batch, gen):
         x,_ = augment(batch['image'], None, batch['present'], self.cfg.augment or AugmentConfig(), self.cfg.normalise, gen, batch.get('spacing'), self.encoder.in_channels)

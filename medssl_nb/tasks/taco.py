@@ -21,7 +21,7 @@ from ..losses.topology import as_tokens, draw_ranks, draw_slots, inter_topology,
 from ..nets.registry import named_encoder
 from ..nets.swin3d import ResizeDecoder, lateral_block
 from .base import Task, idle_zero
-from .mae import real_voxels
+from .mae import pooled, real_voxels
 
 # %% ../../nbs/44_tasks.taco.ipynb #9dd60929
 @dataclass
@@ -206,6 +206,8 @@ class TACO(Task):
         if not len(p): return out['z'].sum()*0, dict(matched=p.new_zeros(1), anchors=p.new_zeros(1))
         each,n = inter_topology(torch.cat([z1[p[:,0]], z2[q[:,0]]]), torch.cat([z2[p[:,1]], z1[q[:,1]]]), c.k, c.margin_inter, v.get('slots'), near_out=c.near_out, cosine=c.cosine, ratio=c.ratio, plan=c.plan)
         return each[:len(p)].mean() + each[len(p):].mean(), n
+    def features(self, v): return self.encoder(v['seen'])[-1].flatten(2).transpose(1, 2)          # (2N, n, D)
+    def readout(self, batch, cls=True): return pooled(self.encoder, batch, 1, lambda x: zscore(x, (x != 0)*real_voxels(batch)))
     @torch.no_grad()
     def health(self, out, v):
         "What the losses cannot say: share of tokens with a partner, share of anchors, effective rank of the tokens. Half of all tokens match by chance."
