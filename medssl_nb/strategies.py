@@ -325,16 +325,16 @@ class PackNet(Strategy):
         for n in shared_parameters(task): self.register_buffer(flat(f'first.{n}'), have.get(f'first.{n}', torch.zeros((), dtype=torch.uint8)).clone())   # the first stage that reached it; 0 none yet
         self.register_buffer('released', torch.zeros((), dtype=torch.uint8)); self.was,self.seen = {},{}
     def first(self, n): return getattr(self, flat(f'first.{n}'))
-    def free(self, n): return self.owner[flat(n)] == (self.stage + 1 if self.released else 0)     # what may move now
+    def free(self, n, released:bool): return self.owner[flat(n)] == (self.stage + 1 if released else 0)     # what may move now
     def before_step(self, task, step):
-        matrices,self.was = self.matrices(task),{}
+        matrices,self.was,released = self.matrices(task),{},bool(self.released)
         for n,p in shared_parameters(task).items():
             if p.grad is None: continue                                     # not reached
             if n not in self.seen: self.seen[n] = int(self.first(n)) or self.stage + 1; self.first(n).fill_(self.seen[n])   # asked once: the host would wait for the device
             if n not in matrices:
                 if self.seen[n] <= self.stage: p.grad = None
                 continue
-            free = self.free(n); p.grad.mul_(free); self.was[n] = (p.detach().clone(), free)
+            free = self.free(n, released); p.grad.mul_(free); self.was[n] = (p.detach().clone(), free)
     @torch.no_grad()
     def after_step(self, task, step):
         matrices = self.matrices(task)

@@ -22,7 +22,7 @@ from ..data.cases import channel_order
 from ..data.masking import kept_blocks
 from ..data.text import TextTokenizer, clean_report, mask_words
 from ..data.transforms import along, apply_turns, per_case, uniform, zscore
-from ..nets.vit import MaskDecoder, TextHead, UnifiedViT, kind_of, patchify, unpatchify
+from ..nets.vit import MaskDecoder, TextHead, UnifiedViT, kind_of, patchify
 from .base import Task
 
 # %% ../../nbs/47_tasks.mim.ipynb #6f515b0d
