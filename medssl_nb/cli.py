@@ -19,10 +19,11 @@ COMMANDS = dict(
     where   =('medssl_nb.qc',            'WhereConfig',    'where',         'manifest file', 'which file is meant by f-... or c-...; for eyes at the site'),
     prepare =('medssl_nb.data.prepare',  'PrepareConfig',  'prepare',       'manifest', 'a manifest -> volumes that load in milliseconds'),
     pretrain=('medssl_nb.pretrain',      'PretrainConfig', 'pretrain',      'data', 'prepared volumes -> a pre-trained encoder'),
-    finetune=('medssl_nb.eval.transfer', 'FinetuneConfig', 'finetune',      'data', 'an encoder against its scratch twin, with few labels, seeds and intervals'),
+    finetune=('medssl_nb.eval.missing',  'FinetuneConfig', 'finetune',      'data', 'an encoder against its scratch twin, with few labels, seeds and intervals'),
     probe   =('medssl_nb.eval.transfer', 'ProbeConfig',    'probe',         'data', 'a frozen encoder, judged by a linear head'),
     continual=('medssl_nb.continual', None,            None,            '',     'stage after stage, or one stage at each site: run | stage | verify'),
     export  =('medssl_nb.export',        'ExportConfig',   'export',        'encoder', 'an encoder -> MONAI, nnU-Net, or a verified copy'),
+    audit   =('medssl_nb.audit',         'AuditConfig',    'audit',         'packet', 'a pool of invented volumes against the patients it came from: copies, membership, a verdict'),
     doctor  =('medssl_nb.doctor',        'DoctorConfig',   'doctor',        'manifest', 'what is wrong with this machine, and what to do about it'),
     demo    =('medssl_nb.demo',          'DemoConfig',     'demo',          'out',  'all of the above on synthetic data, and a page of figures'),
 )

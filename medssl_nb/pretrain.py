@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['T', 'PretrainConfig', 'mim_defaults', 'train_defaults', 'fit_warmup', 'settings', 'fingerprint', 'choose_cases',
-           'pretrain', 'normalisation']
+           'pretrain', 'input_of', 'normalisation']
 
 # %% ../nbs/59_pretrain.ipynb #50d84343
 import hashlib
@@ -142,7 +142,7 @@ def pretrain(
           f'{sum(p.numel() for p in task.encoder.parameters()):,} encoder parameters, {cfg.train.steps} steps of {cfg.train.batch*cfg.train.accum} cases'
           + (f', rate {peak_rate(cfg.train, max(cfg.train.devices*cfg.train.nodes, 1)):.3g} ({cfg.train.lr:.3g} for {cfg.train.lr_per} cases)' if cfg.train.lr_per else ''))
     # the network sees a share of a case's channels or all of them: both belong to the encoder's description
-    card = dict(data=facts, preset=cfg.preset, input=card_norm(vars(task.cfg)), normalisation=normalisation(prepared, rows), channels_seen=list(cases.channels), left_out=list(cfg.leave_out))
+    card = dict(data=facts, preset=cfg.preset, input=input_of(task), normalisation=normalisation(prepared, rows), channels_seen=list(cases.channels), left_out=list(cfg.leave_out))
     was = latest(cfg.out)
     if was is not None and cfg.resume != 'never':
         done = int(was.name.removeprefix('step_'))
@@ -151,6 +151,10 @@ def pretrain(
     lead = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     if hasattr(task, 'export') and lead and len(history) == cfg.train.steps: task.export(Path(cfg.out), rows)
     return dict(out=Path(cfg.out), history=history, task=task)
+
+def input_of(task)->str|None:
+    "The input normalisation, as the settings say it, or the task where there is no choice: without it nobody could fine-tune the encoder."
+    return card_norm(vars(task.cfg)) or getattr(task, 'input', None)
 
 def normalisation(prepared, rows)->dict:
     "How the voxels were scaled, channel by channel, as `prepare` wrote it down."

@@ -20,9 +20,9 @@ from torch import nn
 from ..core import UserError
 from ..data.cases import channel_order
 from ..data.masking import kept_blocks
-from ..data.text import TextTokenizer, mask_words
+from ..data.text import TextTokenizer, clean_report, mask_words
 from ..data.transforms import along, apply_turns, per_case, uniform, zscore
-from ..nets.vit import MaskDecoder, TextHead, UnifiedViT, kind_of, patchify, unpatchify
+from ..nets.vit import MaskDecoder, TextHead, UnifiedViT, kind_of, patchify
 from .base import Task
 
 # %% ../../nbs/47_tasks.mim.ipynb #6f515b0d
@@ -142,6 +142,7 @@ class MIMConfig:
     layer_scale:float=1e-3
     vocab:int=28_996                       # rows of the table of words: at least the tokenizer's pieces
     text_length:int=112                    # tokens of a report
+    clean:bool=True                        # reports become sentences of plain lower-case ASCII words (section 2.1); False for other alphabets, or if they are clean
     # task
     ratio:float=.75                        # share of patches hidden
     word_ratio:float=.15                   # share of words hidden
@@ -241,7 +242,7 @@ class MIM(Task):
             grid2d=c.grid('2d'), grid3d=c.grid('3d'), vocab=c.vocab, text_length=c.text_length, causal_text=c.causal_text, positions=c.positions, temporal=c.temporal, text_types=c.text_types,
             drop_path=c.drop_path, layer_scale=c.layer_scale)
         for k,part in self.own().items(): setattr(self, k, part)
-        self.reached = set()              # kinds since the last step
+        self.seen,self.answered = set(),set()   # since the last step: kinds that the encoder saw, kinds that a head answered
     def own(self)->dict:
         "Fresh parts that belong to a stage."
         c,out = self.cfg,{}
@@ -257,7 +258,7 @@ class MIM(Task):
     def text_views(self, batch, gen):
         c = self.cfg
         if 'text' not in c.kinds: raise UserError(f'reports reached a task for {", ".join(c.kinds)}', "'text' among its kinds")
-        tok = self.encoder.tokenizer; enc = tok.encode(batch['text'], c.text_length)
+        tok = self.encoder.tokenizer; enc = self.read(batch)
         ids,labels = mask_words(enc, tok, gen, c.word_ratio); pad = enc['pad']
         if batch.get('mixup'): ids,pad,labels = mix_tokens(draw_token_mix(*ids.shape, gen), ids, pad, labels)
         return dict(kind='text', ids=ids.to(self.device), pad=pad.to(self.device), labels=labels.to(self.device))
@@ -273,6 +274,9 @@ class MIM(Task):
         L = prod(c.grid(kind)); keep = torch.rand(n, L, generator=gen).argsort(1)[:,:kept_blocks(L, c.ratio)].sort(1)[0]
         hidden = torch.ones(n, L, dtype=torch.bool).scatter_(1, keep, False)
         return dict(kind=kind, image=x, keep=keep.to(x.device), hidden=hidden.to(x.device))
+    def read(self, batch):
+        "Tokens of the reports; one that has no sentence left when clean is taken as it is."
+        return self.encoder.tokenizer.encode([clean_report(t) or t for t in batch['text']] if self.cfg.clean and not isinstance(batch['text'], str) else batch['text'], self.cfg.text_length)
     def look(self, batch, gen=None):
         "`(B, C, *S)`: the channels of the network, normalised."
         c,x = self.cfg,batch['image']; kind = kind_of(x)
@@ -284,12 +288,13 @@ class MIM(Task):
     def features(self, v):
         "`(B, n, D)`: class token and kept tokens of an image, all tokens of a report. What a teacher is compared with."
         e = self.encoder
+        if torch.is_grad_enabled(): self.seen.add(v['kind'])
         return e.encode(e.tokens(v['ids']), pad=v['pad']) if v['kind'] == 'text' else e.encode(e.tokens(v['image']), v['keep'])
     def forward(self, v):
         z,kind = self.features(v),v['kind']
         if kind == 'text': out = dict(features=z, logits=self.text_head(z[v['labels'] >= 0]))
         else: out = dict(features=z, pred=self.decoder(z, v['keep'], kind))
-        self.reached.add(kind)
+        self.answered.add(kind)
         idle = [p.reshape(-1)[0].nan_to_num()*0 for p in self.idle({kind}) if p.requires_grad]
         if idle: k = 'logits' if kind == 'text' else 'pred'; out[k] = out[k] + sum(idle)
         return out
@@ -311,23 +316,22 @@ def at_rest(module):
         for m,t in was.items(): m.training = t
 
 def _idle(self,
-    kinds:set,   # of the inputs that were seen
-)->list:         # parameters that none of them reaches
-    e,gone = self.encoder,[]
-    for k in self.cfg.kinds:
-        if k in kinds: continue
-        gone.append(e.tokenizers[k])
-        if k == 'text': gone.append(self.text_head)
-        else: gone += [self.decoder.pred[k], self.decoder.pos[k]]
-    if self.cfg.images and not kinds & set(self.cfg.images):
-        gone += [e.norm, e.cls, self.decoder.embed, self.decoder.mask, self.decoder.blocks, self.decoder.norm]
+    seen:set,        # kinds of input that the encoder saw
+    answered=None,   # kinds that decoder or head answered; None: the same. In distillation none
+)->list:             # parameters that nothing reaches
+    e,gone,own = self.encoder,[],seen if answered is None else answered
+    gone += [e.tokenizers[k] for k in self.cfg.kinds if k not in seen]
+    if self.cfg.images and not seen & set(self.cfg.images): gone += [e.norm, e.cls]
+    if 'text' in self.cfg.kinds and 'text' not in own: gone.append(self.text_head)
+    for k in self.cfg.images: gone += [self.decoder.pred[k], self.decoder.pos[k]] if k not in own else []
+    if self.cfg.images and not own & set(self.cfg.images): gone += [self.decoder.embed, self.decoder.mask, self.decoder.blocks, self.decoder.norm]
     return [p for g in gone for p in ([g] if isinstance(g, nn.Parameter) else g.parameters())]
 
 def _before_step(self, step:int):
     "Called after backward: what no input of this step reached has no gradient."
-    kinds,self.reached = self.reached,set()
+    seen,answered,self.seen,self.answered = self.seen,self.answered,set(),set()
     many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    for p in self.idle(kinds) if kinds else ():
+    for p in self.idle(seen, answered) if seen else ():
         if p.grad is not None and not (many and bool(p.grad.any())): p.grad = None     # another process may have reached it
 
 def _readout(self,
@@ -338,7 +342,7 @@ def _readout(self,
     e = self.encoder
     with at_rest(e):
         if 'text' in batch:
-            enc = e.tokenizer.encode(batch['text'], self.cfg.text_length); pad = enc['pad'].to(self.device)
+            enc = self.read(batch); pad = enc['pad'].to(self.device)
             z = e.encode(e.tokens(enc['ids'].to(self.device)), pad=pad)
             return z.masked_fill(pad[...,None], 0).sum(1)/(~pad).sum(1, keepdim=True)
         z = e.encode(e.tokens(self.look(batch)))
