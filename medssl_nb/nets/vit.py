@@ -219,7 +219,7 @@ class UnifiedViT(nn.Module):
         if in_channels and dims == 2: channels2d = in_channels
         if in_channels and dims == 3: channels3d = in_channels
         self.kinds,self.dims,self.kind = tuple(k for k in KINDS if k in kinds),dims,by[dims]
-        self.width,self.depth,self.taps = width,depth,tuple(taps) or tuple(round(depth*s + 1e-9) for s in (1/3, 7/12, 5/6, 1))
+        self.width,self.depth,self.taps = width,depth,tuple(taps) or tuple(max(1, round(depth*s + 1e-9)) for s in (1/3, 7/12, 5/6, 1))
         if min(self.taps) < 1 or max(self.taps) > depth: raise UserError(f'taps {self.taps} of {depth} blocks', f'numbers from 1 to {depth}')
         self.settings = dict(channels2d=channels2d, channels3d=channels3d, width=width, depth=depth, heads=heads, mlp=mlp, patch2d=patch2d, patch3d=patch3d, grid2d=list(grid2d), grid3d=list(grid3d),
             vocab=vocab, text_length=text_length, causal_text=causal_text, positions=positions, temporal=temporal, text_types=text_types, drop_path=drop_path, layer_scale=layer_scale, taps=list(self.taps))

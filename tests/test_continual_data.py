@@ -1,0 +1,101 @@
+"""The data of the continual experiments: five stages out of our generators, patterns, and, where they are there, out of real images (`MEDSSL_REAL`, or ../shared/data/real beside the repository)."""
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL = Path(os.environ.get("MEDSSL_REAL") or ROOT.parent / "shared" / "data" / "real")
+sys.path.insert(0, str(ROOT / "experiments"))
+from continual_data import STAGES, fit, slabs, stages, write_patterns, write_synthetic  # noqa: E402
+
+from medssl_nb.data.cases import make_loader, write_case, write_index  # noqa: E402
+from medssl_nb.data.patterns import pattern_phantom  # noqa: E402
+from medssl_nb.data.stages import Mixed, choose_rows, read_provenance, stage_cases, write_buffer  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    out = tmp_path_factory.mktemp("synthetic")
+    write_synthetic(out, 12)
+    return out
+
+
+def test_five_stages(study):
+    "Each loads, is of the size that is said, has its label in every case, and keeps people apart."
+    rows = stages(study)
+    assert [(s["name"], s["kind"], s["size"]) for s in rows] == [("report", "text", None), ("xray", "2d", [64, 64]), ("ct", "3d", [16, 48, 48]), ("mri", "3d", [16, 48, 48]), ("path", "2d", [64, 64])]
+    for s in rows:
+        assert s["train"] + s["test"] == sum(s["classes"].values()) == 12 and len(s["classes"]) > 1
+        people = []
+        for side in ("train", "test"):
+            cases = stage_cases(s["dir"], split=side, target=s["target"])
+            b = next(iter(make_loader(cases, s[side], steps=1)))
+            assert len(b["case"]) == s[side] == len(b["target"])
+            people.append(set(b["subject"]))
+            if s["kind"] != "text":
+                assert b["image"].shape[1:] == (len(s["channels"]), *s["size"]) and 0 <= b["image"].min() < b["image"].max() <= 1
+        assert not people[0] & people[1]
+
+
+def test_stages_mix_and_leave_buffers(study, tmp_path):
+    "From one stage to the next, as the loop goes: reports, then X-rays with a buffer of reports, then CT with both."
+    old = {}
+    for s in stages(study)[:3]:
+        cases = stage_cases(s["dir"], split="train")
+        mix = Mixed(cases, old, rule="ratio", ratio=0.5, name=s["name"])
+        b = [(x["source"], x["old"], "text" in x) for x in mix.loader(2, seed=1, steps=mix.steps_for(6, 2, 1) if old else 6)]
+        n = Counter(b)
+        assert n[(s["name"], False, s["kind"] == "text")] == 6 and {k[0] for k in n if k[1]} == set(old)
+        rows, facts = choose_rows(len(cases), "random", 25, seed=2)
+        p = write_buffer(s["dir"], cases.rows.take(rows), tmp_path / s["name"], s["name"], "random", facts, of=len(cases))
+        assert (p["cases"], p["of"]) == (2, 9) and read_provenance(tmp_path / s["name"]) == p
+        old[s["name"]] = stage_cases(tmp_path / s["name"])
+
+
+def test_patterns_on_disk_are_those_in_memory(tmp_path):
+    rows = write_patterns(tmp_path, 10, 2, test=4)
+    assert [(s["name"], s["train"], s["test"], s["size"]) for s in rows] == [(f, 10, 4, [32, 32]) for f in ("grating", "lattice", "object")]
+    for s in stages(tmp_path):
+        c = stage_cases(s["dir"], split="test", target="fine", classes=list(range(16)))
+        b, want = next(iter(make_loader(c, 4, steps=1, shuffle=False))), pattern_phantom(s["name"], 4, first=10)
+        assert torch.equal(b["image"], want["image"].half().float()) and torch.equal(b["target"], want["fine"]) and b["case"] == want["case"]
+    assert write_patterns(tmp_path / "3", 4, 3, test=4)[0]["size"] == [16, 16, 16]
+
+
+def test_slabs(tmp_path):
+    "Slabs cover the volume, the last one ends at its end; in plane a square, whose middle is the volume."
+    x = np.zeros((1, 21, 8, 12))
+    x[0] = np.linspace(0, 1, 21)[:, None, None]
+    write_case(tmp_path, dict(case="c-1", subject="s-1", session="", split="train", group="", dims=3, channels=["t1"], spacing=[2.0, 1.0, 1.0], labels={}, fingerprint=""), x)
+    write_index(tmp_path)
+    got = list(slabs(tmp_path, "mr", stride=4, side=6, depth=8))
+    assert [r["case"][-2:] for r, _, _ in got] == ["00", "01", "02", "03", "04"] and got[0][0]["labels"] == dict(sequence="t1", position="low")
+    for (r, image, seg), z in zip(got, (0, 4, 8, 12, 13)):
+        assert image.shape == (1, 8, 6, 6) and seg is None and r["channels"] == ["mr"] and r["spacing"] == [2.0, 2.0, 2.0]
+        np.testing.assert_allclose(image[0, :, 3, 3], np.linspace(0, 1, 21)[z : z + 8], atol=1e-3)
+        assert image[0, :, 0].max() < image[0, :, 3].max()  # padded above and below
+    assert fit(np.ones((1, 5, 2)), (3, 4)).tolist() == [[[0, 1, 1, 0]] * 3]
+
+
+def test_without_real_data_it_says_so(tmp_path):
+    r = subprocess.run([sys.executable, str(ROOT / "experiments" / "continual_data.py"), str(tmp_path / "out"), "--real", str(tmp_path)], capture_output=True, text=True)
+    assert r.returncode == 1 and "SKIPPED: no MANIFEST.csv" in r.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (REAL / "MANIFEST.csv").is_file(), reason=f"no real images: {REAL} has no MANIFEST.csv (set MEDSSL_REAL)")
+def test_real(tmp_path):
+    "Five stages out of the real images; the counts are those of the files."
+    from continual_data import write_real
+
+    rows = {s["name"]: s for s in write_real(REAL, tmp_path)}
+    assert list(rows) == list(STAGES)
+    assert [rows[n]["train"] + rows[n]["test"] for n in ("report", "xray", "path")] == [2644, 120, 240]
+    assert rows["ct"]["subjects"] == 6 and rows["mri"]["subjects"] == 82 and rows["mri"]["seg"] == 120
+    assert all(s["train"] and s["test"] for s in rows.values())
