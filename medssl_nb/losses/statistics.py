@@ -11,7 +11,6 @@ __all__ = ['OUTPUT', 'NORMS', 'STILL', 'moments', 'pooled', 'Sums', 'sites', 'la
 import hashlib
 import inspect
 import json
-import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -214,9 +213,9 @@ def load_statistics(
     path = Path(path); at = path if path.suffix == '.json' else Path(f'{path}.json')
     if path.is_dir():
         found = sorted(path.glob('*.json'))
-        if len(found) != 1: raise UserError(f'{len(found)} files of statistics in {path}' + (f': {", ".join(f.stem for f in found)}' if found else ''), 'one', 'name the one you mean' if found else 'record them: medssl pretrain … --statistics True, or afterwards medssl statistics RUN --data PREPARED')
+        if len(found) != 1: raise UserError(f'{len(found)} files of statistics in {path}' + (f': {", ".join(f.stem for f in found)}' if found else ''), 'one', 'name the one you mean' if found else 'record them: medssl pretrain … --statistics calibrate, or afterwards medssl statistics RUN --data PREPARED')
         at = found[0]
-    if not at.is_file(): raise UserError(f'no statistics at {at}', 'a JSON beside a safetensors file', 'record them: medssl pretrain … --statistics True, or afterwards medssl statistics RUN --data PREPARED')
+    if not at.is_file(): raise UserError(f'no statistics at {at}', 'a JSON beside a safetensors file', 'record them: medssl pretrain … --statistics calibrate, or afterwards medssl statistics RUN --data PREPARED')
     info,file = read_json(at),at.with_suffix('.safetensors')
     if not isinstance(info, dict) or info.get('format') != 1: raise UserError(f'{at.name} has format {info.get("format") if isinstance(info, dict) else None}', 'format 1')
     if not file.is_file() or sha256_file(file) != info.get('sha256'): raise UserError(f'{file.name} is not what {at.name} was written for', 'the bytes that were written', 'copy both again')
