@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['T', 'PretrainConfig', 'mim_defaults', 'train_defaults', 'fit_warmup', 'settings', 'fingerprint', 'choose_cases',
-           'pretrain', 'leave_statistics', 'normalisation']
+           'pretrain', 'leave_statistics', 'input_of', 'normalisation']
 
 # %% ../nbs/59_pretrain.ipynb #50d84343
 import hashlib
@@ -145,7 +145,7 @@ def pretrain(
           f'{sum(p.numel() for p in task.encoder.parameters()):,} encoder parameters, {cfg.train.steps} steps of {cfg.train.batch*cfg.train.accum} cases'
           + (f', rate {peak_rate(cfg.train, max(cfg.train.devices*cfg.train.nodes, 1)):.3g} ({cfg.train.lr:.3g} for {cfg.train.lr_per} cases)' if cfg.train.lr_per else ''))
     # the network sees a share of a case's channels or all of them: both belong to the encoder's description
-    card = dict(data=facts, preset=cfg.preset, input=card_norm(vars(task.cfg)), normalisation=normalisation(prepared, rows), channels_seen=list(cases.channels), left_out=list(cfg.leave_out))
+    card = dict(data=facts, preset=cfg.preset, input=input_of(task), normalisation=normalisation(prepared, rows), channels_seen=list(cases.channels), left_out=list(cfg.leave_out))
     was = latest(cfg.out)
     if was is not None and cfg.resume != 'never':
         done = int(was.name.removeprefix('step_'))
@@ -162,6 +162,10 @@ def leave_statistics(task, cases, run:Path, how:TrainConfig, running=None, lead:
     if running is not None and not running.k: print('no step was trained, so there are no running averages: statistics of a calibration pass instead'); running = None
     stats = calibrate(task, cases, seed=how.seed, workers=how.workers, running=running, stage=run.name)
     if lead: print(f'statistics of {len(stats.sites)} sites from {stats.info["cases"]} cases of {stats.info["subjects"]} subjects in {save_statistics(stats, run/"statistics"/run.name).parent}')
+
+def input_of(task)->str|None:
+    "The input normalisation, as the settings say it, or the task where there is no choice: without it nobody could fine-tune the encoder."
+    return card_norm(vars(task.cfg)) or getattr(task, 'input', None)
 
 def normalisation(prepared, rows)->dict:
     "How the voxels were scaled, channel by channel, as `prepare` wrote it down."
