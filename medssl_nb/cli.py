@@ -50,7 +50,7 @@ def usage()->str:
 def usage_of(name:str)->str:
     "The page of a command of two words."
     w = max(map(len, WORDS[name]))
-    return '\n'.join([f'usage: medssl {name} WORD [--config file.yaml] [--setting value ...]', '', *(f'  {n:<{w}}  {c[5]}' for n,c in WORDS[name].items()), '', f'medssl {name} WORD --help lists the settings of one of them.'])
+    return '\n'.join([f'usage: medssl {name} WORD [--config file.yaml] [--setting value ...]', '', *(f'  {n:<{w}}  {c[5]}' for n,c in WORDS[name].items()), '', f'medssl {name} WORD --help lists the settings of one of them. -o is short for --out.'])
 
 # %% ../nbs/90_cli.ipynb #4e4ef868
 def expand(
