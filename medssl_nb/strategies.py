@@ -20,7 +20,6 @@ from torch import nn
 
 from .core import UserError, choose, generator, seed_of
 from .tasks.base import Task, belongs, idle_zero, to_device
-from .train.trainer import whole
 
 # %% ../nbs/68_strategies.ipynb #d783fe59
 class Strategy(nn.Module):
@@ -84,8 +83,11 @@ def spare_idle(
     "Take the gradient away from parameters that the step did not reach."
     held = [(n, p) for n,p in module.named_parameters() if p.grad is not None and not p.grad.is_sparse and p.numel()]
     if not held: return []
-    top = torch.stack([whole(t).float().reshape(()) for t in torch._foreach_norm([p.grad for _,p in held], float('inf'))]).tolist()
-    idle = [(n, p) for (n,p),g in zip(held, top) if g == 0]
+    mine = [p.grad.to_local() if hasattr(p.grad, 'to_local') else p.grad for _,p in held]    # of divided weights our part, which may be empty
+    some = [i for i,g in enumerate(mine) if g.numel()]; top = torch.zeros(len(held), device=mine[0].device)
+    if some: top[some] = torch.stack(torch._foreach_norm([mine[i] for i in some], float('inf'))).to(top)
+    if any(hasattr(p, 'to_local') for _,p in held): torch.distributed.all_reduce(top, torch.distributed.ReduceOp.MAX)
+    idle = [(n, p) for (n,p),g in zip(held, top.tolist()) if g == 0]
     for _,p in idle: p.grad = None
     return [n for n,_ in idle]
 

@@ -485,7 +485,7 @@ def trouble(
             'Other workers change no result and simply continue; with the others choose a new --out, or --resume force to go on from the checkpoint') from e
 
 # %% ../../nbs/52_train.trainer.ipynb #4026ccbf
-FREE = ('workers', 'save_every', 'keep', 'log_every', 'tensorboard', 'bar', 'health_every', 'max_minutes', 'out', 'name', 'resume', 'data')  # change no result (what the data is, its fingerprint says)
+FREE = ('workers', 'save_every', 'keep', 'log_every', 'tensorboard', 'bar', 'health_every', 'max_minutes', 'out', 'name', 'resume', 'data', 'statistics')  # change no result (what the data is, its fingerprint says)
 
 def differing(
     old:dict,   # settings, nested
