@@ -24,7 +24,7 @@ def settings(**k):
     return settings(steps=STEPS, optimizer="sgd", lr=0.5, accum=1, save_every=2, **k)
 
 
-METHODS = ("mae small3d", "mae small2d", "pcrlv2 small3d", "pcrlv2 small2d", "segment 3d", "segment 2d")
+METHODS = ("mae small3d", "mae small2d", "pcrlv2 small3d", "pcrlv2 small2d", "segment 3d", "segment 2d", "mim small2d")
 
 
 def tiny(seed=0):
@@ -76,6 +76,9 @@ def method_steps(name, strategy="ddp", shared=True, steps=3):
     views = [task.views({**batch, "progress": s / 10, "step": s}, generator(0, s, 0, "views")) for s in range(steps)]
     cast = lambda v: [cast(x) for x in v] if isinstance(v, list) else v.double() if torch.is_tensor(v) and v.is_floating_point() else v
     views, task = [{k: cast(x) for k, x in v.items()} for v in views], task.double()
+    for m in task.modules():
+        if hasattr(m, "drop"):
+            m.drop = 0.0  # stochastic depth draws for the cases of a process
     cfg = TrainConfig(steps=10, batch=4, optimizer="sgd", lr=0.02, momentum=0.0, device="cpu", strategy=strategy, sync_batchnorm=shared)
     fabric, cfg = make_fabric(cfg)
     task.views = lambda batch, gen: part(views[batch["step"]], fabric.global_rank, fabric.world_size, 4)

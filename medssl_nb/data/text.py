@@ -7,7 +7,6 @@ __all__ = ['SPECIAL', 'report_sections', 'clean_report', 'clean_reports', 'check
            'tokenizer_room', 'pack_tokenizer', 'unpack_tokenizer', 'load_tokenizer', 'draw_words', 'mask_words']
 
 # %% ../../nbs/18_data.text.ipynb #d18efc18
-import json
 import os
 import re
 import zlib

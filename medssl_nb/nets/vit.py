@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'kind_of', 'patchify', 'unpatchify', 'grid_coords', 'axis_co
            'init_vit', 'PatchTokens', 'TextTokens', 'UnifiedViT', 'MaskDecoder', 'TextHead', 'UNETRHead', 'MeanHead']
 
 # %% ../../nbs/22_nets.vit.ipynb #4f9a58da
-from math import ceil, prod
+from math import prod
 
 import torch
 import torch.nn.functional as F
