@@ -41,6 +41,7 @@ class Plan:
     cls_steps: int = 40
     cls_batch: int = 8
     tune_lr: float = 1e-2
+    probe_labels: int = 32
 
 
 # what a method is here: its name, and the settings that make the arm
@@ -114,7 +115,57 @@ def finetune_regime(plan, out, kind, regime, seed):
     return got["subsets"]
 
 
+def late_probe(plan, out, seed):
+    """The late-fusion probe of the TACO specification, section 6: every sequence through the frozen encoder by itself, pooled, the mean over what is there, a linear head. A missing sequence is left out of the mean.
+    `whole`: the head learns from the mean over all; `gaps`: from the means over all subsets. Beside the encoders two random ones, one for each kind of input."""
+    import numpy as np
+    from sklearn.linear_model import LogisticRegression
+
+    from medssl_nb.core import write_jsonl
+    from medssl_nb.data.cases import Prepared
+    from medssl_nb.eval.transfer import fresh, label_budget
+    from medssl_nb.tasks.missing import subsets
+    from medssl_nb.tasks.supervised import evaluating, input_norm
+    from medssl_nb.train.checkpoint import load_encoder
+
+    if all((out / f"probe_{r}_s{seed}" / "subsets.jsonl").is_file() for r in REGIMES):
+        return
+    begin = time.process_time()
+    prepared = Prepared(out / "prepared")
+    test, train = (prepared.select(split=k) for k in ("test", "train"))
+    rows = label_budget(train, plan.probe_labels, seed, "finding")
+    x = {r["case"]: torch.from_numpy(np.asarray(prepared.read(r, channels=plan.sequences)[0], np.float32)) for r in (*rows, *test)}
+    sick = lambda rs: np.array([r["labels"]["finding"] == "lesion" for r in rs], int)
+    every = [np.array([m in s for m in plan.sequences], float) for s in subsets(plan.sequences)]
+    names = ["+".join(s) for s in subsets(plan.sequences)]
+    cells = {k: [] for k in REGIMES}
+    first = load_encoder(out / "runs" / f"rec_s{seed}")[0].spec()
+    for name in ("scratch", "scratch01", *ARMS):
+        if name in ARMS:
+            enc, card = load_encoder(out / "runs" / f"{name}_s{seed}")
+            norm = card["input"]
+        else:
+            enc, norm = fresh(first, seed), "none" if name == "scratch01" else "zscore"
+        pool = {}
+        with evaluating(enc):
+            for c, v in x.items():  # (sequences, features of all levels)
+                pool[c] = torch.cat([f.float().flatten(2).mean(2) for f in enc(input_norm(v[:, None], norm))], 1).numpy()
+        some = lambda rs, w: np.stack([(w[:, None] * pool[r["case"]]).sum(0) / w.sum() for r in rs])
+        full = some(rows, every[0])
+        mean, std = full.mean(0), full.std(0) + 1e-6
+        for regime in REGIMES:
+            ws = every if regime == "gaps" else every[:1]
+            head = LogisticRegression(C=0.1, max_iter=2000, class_weight="balanced").fit(np.concatenate([(some(rows, w) - mean) / std for w in ws]), np.tile(sick(rows), len(ws)))
+            for w, n in zip(every, names):
+                p = head.predict_proba((some(test, w) - mean) / std)
+                cells[regime] += [dict(arm=name, budget=plan.probe_labels, seed=seed, case=r["case"], subject=r["subject"], subset=n, n=int(w.sum()), target=int(t), prob=q.tolist()) for r, t, q in zip(test, sick(test), p)]
+    for regime, v in cells.items():
+        write_jsonl(out / f"probe_{regime}_s{seed}" / "subsets.jsonl", v)
+    print(f"probe seed {seed}: {time.process_time() - begin:.0f} CPU s", flush=True)
+
+
 # what is claimed, as pairs of arms
+FORMS = dict(segment="segment", classify="classify", probe="classify")
 PAIRS = (("brainmvp", "mae"), ("brainmvp", "pcrlv2"), ("brainmvp", "rec"), ("cmr_md", "cmr"), ("brainmvp", "cmr_md"), ("taco", "rec"), ("taco", "mae"), ("taco", "brainmvp"), ("taco", "pcrlv2"))
 TWIN = {a: "scratch01" if ARMS[a][0] == "brainmvp" else "scratch" for a in ARMS}  # of the same input: BrainMVP's is in [0, 1], the others' is z-scored
 
@@ -144,14 +195,14 @@ def report(plan, out, results):
     arms = {a: SimpleNamespace(twin=a) for a in ("scratch", "scratch01")} | {a: SimpleNamespace(twin=TWIN[a]) for a in ARMS}
     span = lambda v: "" if v is None else f"{v[0]:+.3f}" + ("" if v[1] is None else f" [{v[1]:+.3f}, {v[2]:+.3f}]")
     facts, text, pictures = dict(plan=vars(plan), parts={}), [], []
-    names = dict(segment="outline of the lesion", classify="lesion or none")
-    for kind in ("segment", "classify"):
-        lines_of = outline_lines if kind == "segment" else decision_lines
+    names = dict(segment="outline of the lesion", classify="lesion or none, fine-tuned", probe="lesion or none, frozen encoder, late fusion")
+    for kind, form in FORMS.items():
+        lines_of = outline_lines if form == "segment" else decision_lines
         for regime in REGIMES:
             rows, done = gather(out, kind, regime, plan.seeds)
             if not rows:
                 continue
-            tables = subset_tables(rows, arms, kind)
+            tables = subset_tables(rows, arms, form)
             mine = {a: [r for r in rows if r["arm"] == a] for a in arms}
             pairs = []
             for a, b in (*PAIRS, ("scratch01", "scratch")):
@@ -163,20 +214,20 @@ def report(plan, out, results):
             compact = {}
             for r in rows:
                 compact.setdefault(r["arm"], {}).setdefault(str(r["seed"]), {}).setdefault(r["subset"], []).append(round(r[say] if kind == "segment" else r[say][1], 3))
-            truth = [r["target"] for r in rows if r["arm"] == "scratch" and r["seed"] == done[0] and r["n"] == len(plan.sequences)] if kind == "classify" else None
+            truth = [r["target"] for r in rows if r["arm"] == "scratch" and r["seed"] == done[0] and r["n"] == len(plan.sequences)] if form == "classify" else None
             facts["parts"][f"{kind}_{regime}"] = dict(seeds=done, tables=tables, pairs=pairs, scores=compact, truth=truth)
             shown = "sequences taken away in training" if regime == "gaps" else "never shown a gap"
-            text += [f"## {names[kind]}, {shown}: {len(done)} seeds", "", subset_md(tables, kind), "| pair | with all sequences [95 %] | with fewer [95 %] | drops [95 %] |", "|---|---|---|---|"]
+            text += [f"## {names[kind]}, {shown}: {len(done)} seeds", "", subset_md(tables, form), "| pair | with all sequences [95 %] | with fewer [95 %] | drops [95 %] |", "|---|---|---|---|"]
             text += [f"| {p['a']} − {p['b']} | {span(p['full'])} | {span(p['fewer'])} | {span(p['drop'])} |" for p in pairs] + [""]
-            pictures.append((tables["count"], kind, f"{names[kind]}, {shown}"))
+            pictures.append((tables["count"], form, f"{names[kind]}, {shown}"))
     # does training with gaps pay?
     gain = []
-    for kind in ("segment", "classify"):
+    for kind, form in FORMS.items():
         a, b = (gather(out, kind, r, plan.seeds)[0] for r in ("gaps", "whole"))
         for arm in arms:
             x, y = ([r for r in v if r["arm"] == arm] for v in (a, b))
             if x and y:
-                at = {l["n"]: l for l in (outline_lines if kind == "segment" else decision_lines)(x, y)}
+                at = {l["n"]: l for l in (outline_lines if form == "segment" else decision_lines)(x, y)}
                 gain.append(dict(kind=kind, arm=arm, full=at[max(n for n in at if n != "fewer")]["diff"], fewer=at["fewer"]["diff"], drop=at["fewer"]["drop_diff"]))
     facts["gain_of_gaps"] = gain
     text += ["## Does it pay to take sequences away in training?", "", "Differences: shown gaps − never shown one.", "", "| | arm | with all [95 %] | with fewer [95 %] | drops [95 %] |", "|---|---|---|---|---|"]
@@ -229,7 +280,7 @@ def ablation(facts, results):
     order = ("scratch01", "cmr", "cmr_md", "brainmvp")
     out, text = {}, []
     span = lambda v: f"{v[0]:.3f}" + ("" if v[1] is None else f" [{v[1]:.3f}, {v[2]:.3f}]")
-    for kind, what in (("segment", "Dice"), ("classify", "AUC")):
+    for kind, what in (("segment", "Dice"), ("probe", "AUC of the probe")):
         part = facts["parts"].get(f"{kind}_gaps")
         if not part:
             continue
@@ -251,6 +302,8 @@ def main():
     ap.add_argument("--plan", type=Path, default=HERE / "heads_missing.yaml")
     ap.add_argument("--out", type=Path, required=True)
     ap.add_argument("--seeds", type=int, nargs="*", default=None)
+    ap.add_argument("--kinds", nargs="*", default=("segment", "classify", "probe"))
+    ap.add_argument("--regimes", nargs="*", default=tuple(REGIMES))
     ap.add_argument("--stage", choices=("data", "pretrain", "finetune", "report", "all"), default="all")
     a = ap.parse_args()
     torch.set_num_threads(1)
@@ -262,8 +315,11 @@ def main():
             for name in ARMS:
                 pretrain_arm(plan, a.out, name, s)
         if a.stage in ("finetune", "all"):
-            for kind in ("segment", "classify"):
-                for regime in REGIMES:
+            for kind in a.kinds:
+                if kind == "probe":
+                    late_probe(plan, a.out, s)
+                    continue
+                for regime in a.regimes:
                     finetune_regime(plan, a.out, kind, regime, s)
     if a.stage in ("report", "all"):
         report(plan, a.out, HERE.parent / "results")

@@ -242,7 +242,7 @@ class Joint(Mixed):
 # %% ../../nbs/19_data.stages.ipynb #878a3bfd
 def part(
     n:int,             # cases of a stage
-    percent=5,         # of them; a decimal number is taken as it is written
+    percent=5,         # of them; a decimal number is taken as it is written, a `Fraction` as it is
 )->int:
     "So many per cent, rounded down, without floating point."
     p = Fraction(str(percent))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['judge_subsets', 'prepared_cases', 'summarise_subsets', 'show_subsets', 'levels', 'with_drop', 'outline_lines', 'area',
-           'decision_lines', 'subset_tables', 'subset_md', 'show_missing', 'write_subsets', 'finetune']
+           'area_of', 'decision_lines', 'subset_tables', 'subset_md', 'show_missing', 'write_subsets', 'finetune']
 
 # %% ../../nbs/65_eval.missing.ipynb #9f5a14d4
 from pathlib import Path
@@ -128,6 +128,20 @@ def area(target, prob)->float:
     "AUC; of several classes or labels their mean."
     return auc(prob[:,1], target) if target.ndim == 1 and prob.shape[1] == 2 else class_metrics(target, prob)['auc']
 
+def area_of(
+    target,   # `(N,)` 0 and 1, or several classes or labels
+    prob,     # `(N, K)`; a row of NaN: this case was not asked
+):            # function of how often each case is counted, `(N,)` whole numbers: AUC
+    "AUC for the many draws of a bootstrap: who outranks whom is found once."
+    have = ~np.isnan(prob[:,0])
+    if target.ndim > 1 or prob.shape[1] != 2: return lambda w: area(np.repeat(target, w*have, 0), np.repeat(prob, w*have, 0))
+    p,q = np.flatnonzero((target == 1) & have),np.flatnonzero((target == 0) & have); d = prob[p,1][:,None] - prob[q,1]; wins = (d > 0) + .5*(d == 0)
+    def f(w):
+        a,b = w[p],w[q]
+        if not a.any() or not b.any(): raise UserError(f'AUC of {a.sum()} positive and {b.sum()} negative cases', 'at least one of each')
+        return float(a@wins@b/(a.sum()*b.sum()))
+    return f
+
 def decision_lines(
     rows:list,       # of one arm and budget
     other,           # of its twin, or None
@@ -140,19 +154,19 @@ def decision_lines(
         both = {r['seed'] for r in rows} & {r['seed'] for r in other}
         (P1,*_,common),(Q,*_) = (_stack([r for r in v if r['seed'] in both]) for v in (rows, other))
     def mean(P, names, complete=False):
+        only = lambda k, name: np.where(np.isnan(P[whole][k][:,:1]), np.nan, P[name][k]) if complete else P[name][k]
+        a = {(name, k): area_of(T, only(k, name)) for name in names for k in range(len(P[name]))}
         def f(s, c):
-            c = np.asarray(c); v = []
-            for name in names:
-                for k in s: ok = c[~np.isnan(P[whole if complete else name][k][c, 0])]; v.append(area(T[ok], P[name][k][ok]))
-            return float(np.mean(v))
+            w = np.bincount(c, minlength=len(T))
+            return float(np.mean([a[name,k](w) for name in names for k in s]))
         return f
     for n,rs in levels(rows):
-        names = list(dict.fromkeys(r['subset'] for r in rs)); base = lambda P: lambda s, c: mean(P, names, True)(s, c) - mean(P, [whole], True)(s, c)
+        names = list(dict.fromkeys(r['subset'] for r in rs))
+        def base(P): one,all_ = mean(P, names, True),mean(P, [whole], True); return lambda s, c: one(s, c) - all_(s, c)
         boot = lambda f, k: [(b := bootstrap(f, who, k, draws))['mean'], b['low'], b['high']] + [b['how']]
         *score,how = boot(mean(P, names), len(seeds)); line = dict(n=n, score=score, drop=boot(base(P), len(seeds))[:3], seeds=len(seeds), people=len(set(who)), how=how)
         if Q is not None:
-            line['diff'] = boot(lambda s, c: mean(P1, names)(s, c) - mean(Q, names)(s, c), len(common))[:3]
-            line['drop_diff'] = boot(lambda s, c: base(P1)(s, c) - base(Q)(s, c), len(common))[:3]
+            for key,f in (('diff', lambda P: mean(P, names)), ('drop_diff', base)): a,b = f(P1),f(Q); line[key] = boot(lambda s, c: a(s, c) - b(s, c), len(common))[:3]
         out.append(line)
     return out
 

@@ -204,7 +204,7 @@ class TextTokens(nn.Module):
         self.norm = nn.LayerNorm(width, eps)
     def forward(self, ids):   # `(B, L)` -> `(B, L, width)`
         if ids.shape[1] > len(self.pos): raise UserError(f'reports of {ids.shape[1]} tokens', f'at most {len(self.pos)}', 'a larger text_length, or a shorter cut')
-        if int(ids.max()) >= len(self.word.weight): raise UserError(f'token {int(ids.max())} for a table of {len(self.word.weight)}', 'ids of the tokenizer that this network was trained with')
+        if ids.device.type == 'cpu' and int(ids.max()) >= len(self.word.weight): raise UserError(f'token {int(ids.max())} for a table of {len(self.word.weight)}', 'ids of the tokenizer that this network was trained with')
         t = self.word(ids) + self.pos[:ids.shape[1]]
         return self.norm(t + self.types[0] if hasattr(self, 'types') else t)
 
@@ -349,7 +349,7 @@ class MaskDecoder(nn.Module):
         kind:str,     # '2d' or '3d'
     ):                # `(B, L, patch**dims * channels)`
         y,L = self.embed(z),prod(self.grids[kind])
-        if int(keep.max()) >= L: raise UserError(f'token {int(keep.max())} of a field of {L} patches', f'images of {self.grids[kind]} patches', 'decoders have the size of their training')
+        if keep.device.type == 'cpu' and int(keep.max()) >= L: raise UserError(f'token {int(keep.max())} of a field of {L} patches', f'images of {self.grids[kind]} patches', 'decoders have the size of their training')
         full = self.mask.to(y.dtype).expand(len(y), L, -1).scatter(1, keep[...,None].expand(-1, -1, self.width), y[:,1:])
         t = torch.cat([y[:,:1], full], 1) + self.pos[kind]
         for b in self.blocks: t = b(t)

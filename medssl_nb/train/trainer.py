@@ -210,7 +210,7 @@ def shard(
     for t in (*task.parameters(), *task.buffers()):
         first = t.detach().to(there, copy=True).contiguous(); dist.broadcast(first, 0); t.detach().copy_(first)
     for part in getattr(task, 'encoder', nn.Module()).children():
-        for m in part if isinstance(part, nn.ModuleList) else [part]:
+        for m in part if isinstance(part, nn.ModuleList) else part.values() if isinstance(part, nn.ModuleDict) else [part]:
             if any(True for _ in m.parameters()): fully_shard(m, mesh=mesh)
     return fully_shard(task, mesh=mesh)
 
@@ -485,7 +485,7 @@ def trouble(
             'Other workers change no result and simply continue; with the others choose a new --out, or --resume force to go on from the checkpoint') from e
 
 # %% ../../nbs/52_train.trainer.ipynb #4026ccbf
-FREE = ('workers', 'save_every', 'keep', 'log_every', 'tensorboard', 'bar', 'health_every', 'max_minutes', 'out', 'name', 'resume', 'data')  # change no result (what the data is, its fingerprint says)
+FREE = ('workers', 'save_every', 'keep', 'log_every', 'tensorboard', 'bar', 'health_every', 'max_minutes', 'out', 'name', 'resume', 'data', 'statistics')  # change no result (what the data is, its fingerprint says)
 
 def differing(
     old:dict,   # settings, nested
