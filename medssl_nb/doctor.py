@@ -321,6 +321,7 @@ def _read(s):
     crop,_ = p.read(r, box)
     if not np.array_equal(crop, whole[:,2:10,3:11,4:12]): raise RuntimeError('a crop is not what the whole volume holds there')
 
+# %% ../nbs/92_doctor.ipynb #44a52678
 def _train(s):
     from dataclasses import replace
     from medssl_nb.pretrain import pretrain, settings
@@ -344,6 +345,7 @@ def _export(s):
 
 STAGES = [('make two heads', _make), ('ingest', _ingest), ('prepare', _prepare), ('read a crop', _read), ('train two steps', _train), ('save, load, compare', _compare), ('export', _export)]
 
+# %% ../nbs/92_doctor.ipynb #bb71d3e0
 def check_by_doing(
     stages=None,      # (name, function of a dictionary with `dir`); None: all
     say=None,         # told what happens next

@@ -76,13 +76,14 @@ def write_packet(
     replay:dict|None=None,  # stage -> prepared folder with provenance; new ones
     strategy:dict|None=None,   # file -> {name: tensor}; all of it, old and new
     statistics:dict|None=None, # stage -> list of files
+    card:dict|None=None,    # what the encoder's card shall say: input, normalisation …
 )->Path:
     "Everything the next site needs, in one folder."
     plain_name(stage['name'], 'stage'); done = list(before.stages) if before else []
     if stage['name'] in [s['name'] for s in done]: raise UserError(f'the packet already holds a stage {stage["name"]!r}', 'another name')
     out = Path(out)
     with disk_errors(out.parent, f'packet {out.name}'), atomic_dir(out) as tmp:
-        os.rename(save_checkpoint(tmp, task, meta=dict(card=dict(stages=[s['name'] for s in done] + [stage['name']]))), tmp/'model')
+        os.rename(save_checkpoint(tmp, task, meta=dict(card={**(card or {}), 'stages': [s['name'] for s in done] + [stage['name']]})), tmp/'model')
         for part in ('decoders', 'replay', 'statistics') if before else ():
             if (before.path/part).is_dir(): copy_plain(before.path/part, tmp/part)
         _save(own_tensors(task), tmp/'decoders'/f'{stage["name"]}.safetensors')

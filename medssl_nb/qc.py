@@ -170,6 +170,7 @@ def near_pairs(
         if len(out) > most: break
     return out
 
+# %% ../nbs/85_qc.ipynb #a4310955
 def entries(
     man,
     looks:dict,
@@ -340,6 +341,7 @@ def through(label)->tuple|None:
     on = np.asarray(label) > 0
     return tuple(int(on.sum(tuple(a for a in range(3) if a != axis)).argmax()) for axis in range(3)) if on.any() else None
 
+# %% ../nbs/85_qc.ipynb #dadc76c0
 def mosaic(
     rows:list,      # of lists of pictures
     gap:int=3,      # pixels

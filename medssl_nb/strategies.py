@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .core import UserError, choose, generator, seed_of
-from .tasks.base import Task, belongs, idle_zero
-from .train.trainer import whole
+from .tasks.base import Task, belongs, idle_zero, to_device
 
 # %% ../nbs/68_strategies.ipynb #d783fe59
 class Strategy(nn.Module):
@@ -84,8 +83,11 @@ def spare_idle(
     "Take the gradient away from parameters that the step did not reach."
     held = [(n, p) for n,p in module.named_parameters() if p.grad is not None and not p.grad.is_sparse and p.numel()]
     if not held: return []
-    top = torch.stack([whole(t).float().reshape(()) for t in torch._foreach_norm([p.grad for _,p in held], float('inf'))]).tolist()
-    idle = [(n, p) for (n,p),g in zip(held, top) if g == 0]
+    mine = [p.grad.to_local() if hasattr(p.grad, 'to_local') else p.grad for _,p in held]    # of divided weights our part, which may be empty
+    some = [i for i,g in enumerate(mine) if g.numel()]; top = torch.zeros(len(held), device=mine[0].device)
+    if some: top[some] = torch.stack(torch._foreach_norm([mine[i] for i in some], float('inf'))).to(top)
+    if any(hasattr(p, 'to_local') for _,p in held): torch.distributed.all_reduce(top, torch.distributed.ReduceOp.MAX)
+    idle = [(n, p) for (n,p),g in zip(held, top.tolist()) if g == 0]
     for _,p in idle: p.grad = None
     return [n for n,_ in idle]
 
@@ -124,9 +126,10 @@ class ContinualTask(Task):
 def mixup(
     batch:dict,  # of one modality; not changed
     gen,         # CPU generator
+    task=None,   # one that `mixes` by itself (tokens of text; images after its own augmentation) is asked to
 )->dict:
-    "Each case mixed with another one; text is left to the task, which is asked to mix tokens."
-    if 'image' not in batch: return {**batch, 'mixup': True}
+    "Each case mixed with another one."
+    if getattr(task, 'mixes', False): return {**batch, 'mixup': True}
     x = batch['image']; n = len(x)
     lam = torch.rand(n, generator=gen).to(x).view(-1, *[1]*(x.ndim-1)); pair = torch.randperm(n, generator=gen).to(x.device)
     out = {**batch, 'image': lam*x + (1-lam)*x[pair], 'present': batch['present'] | batch['present'][pair]}
@@ -156,7 +159,7 @@ class Replay(Strategy):
         if cfg.ratio is not None and not 0 <= cfg.ratio < 1: raise UserError(f'ratio is {cfg.ratio}', 'a share of the steps, in [0, 1)', 'or None: by the size of the buffer')
         choose(cfg.objective, ('distill', 'pretext', 'both'), 'objective'); choose(cfg.select, ('random', 'kmeans', 'inverted'), 'select')
         self.share,self.chosen,self.teacher = cfg.share,cfg.select,cfg.objective != 'pretext'
-    def views(self, task, batch, gen): return task.views(mixup(batch, gen) if self.cfg.mixup and batch.get('old') else batch, gen)
+    def views(self, task, batch, gen): return task.views(mixup(batch, gen, task) if self.cfg.mixup and batch.get('old') else batch, gen)
     def forward(self, task, teacher, v):
         if not v['_old'] or self.cfg.objective == 'pretext': return task(v)
         out = task(v) if self.cfg.objective == 'both' else dict(idle=idle_zero(task))
@@ -231,13 +234,13 @@ def fisher(
     seed:int=0,
 )->dict:            # name -> tensor
     "Mean over cases of the squared gradient of the loss with respect to the shared parameters."
-    ps = shared_parameters(task); total,n,modes = {k: torch.zeros_like(p, dtype=torch.float32) for k,p in ps.items()},0,[m for m in task.modules() if m.training]
+    ps = shared_parameters(task); device = next(iter(ps.values())).device; total,n,modes = {k: torch.zeros_like(p, dtype=torch.float32) for k,p in ps.items()},0,[m for m in task.modules() if m.training]
     task.eval()
     try:
         for i,b in enumerate(batches):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed_of(seed, i, 0, 'fisher', 'forward'))
-                with torch.no_grad(): v = task.views(b, generator(seed, i, 0, 'fisher'))
+                with torch.no_grad(): v = task.views({**to_device(b, device), 'progress': 1., 'step': i}, generator(seed, i, 0, 'fisher'))
                 loss = sum(task.losses(task(v), v).values())
             for k,g in zip(ps, torch.autograd.grad(loss, list(ps.values()), allow_unused=True)):
                 if g is not None: total[k] += g.float()**2
@@ -324,16 +327,16 @@ class PackNet(Strategy):
         for n in shared_parameters(task): self.register_buffer(flat(f'first.{n}'), have.get(f'first.{n}', torch.zeros((), dtype=torch.uint8)).clone())   # the first stage that reached it; 0 none yet
         self.register_buffer('released', torch.zeros((), dtype=torch.uint8)); self.was,self.seen = {},{}
     def first(self, n): return getattr(self, flat(f'first.{n}'))
-    def free(self, n): return self.owner[flat(n)] == (self.stage + 1 if self.released else 0)     # what may move now
+    def free(self, n, released:bool): return self.owner[flat(n)] == (self.stage + 1 if released else 0)     # what may move now
     def before_step(self, task, step):
-        matrices,self.was = self.matrices(task),{}
+        matrices,self.was,released = self.matrices(task),{},bool(self.released)
         for n,p in shared_parameters(task).items():
             if p.grad is None: continue                                     # not reached
             if n not in self.seen: self.seen[n] = int(self.first(n)) or self.stage + 1; self.first(n).fill_(self.seen[n])   # asked once: the host would wait for the device
             if n not in matrices:
                 if self.seen[n] <= self.stage: p.grad = None
                 continue
-            free = self.free(n); p.grad.mul_(free); self.was[n] = (p.detach().clone(), free)
+            free = self.free(n, released); p.grad.mul_(free); self.was[n] = (p.detach().clone(), free)
     @torch.no_grad()
     def after_step(self, task, step):
         matrices = self.matrices(task)

@@ -90,6 +90,7 @@ class Rows(Sequence):
     def __radd__(self, other): return [*other, *self]
     def __repr__(self): return f'<{len(self)} rows>'
 
+# %% ../../nbs/15_data.cases.ipynb #1601f582
 def where(rows, keep):
     "Rows that one wants: of `Rows` again `Rows`, of a list a list."
     return rows.where(keep) if isinstance(rows, Rows) else [r for r in rows if keep(r)]
@@ -351,6 +352,9 @@ def pack_mark(info:dict)->bytes:
     text = json.dumps(info, indent=1, allow_nan=False)[:-2].encode()
     return text + f',\n "sum": "{hashlib.sha256(text).hexdigest()}"\n}}\n'.encode()
 
+# %% ../../nbs/15_data.cases.ipynb #d11aeb53
+_UMASK = os.umask(0); os.umask(_UMASK)
+
 def store(
     out,           # prepared folder
     cases:list,    # `(case, files)` as from `pack_case`
@@ -389,8 +393,8 @@ def _sync(path):
     finally: os.close(fd)
 
 _sync_folder = _sync      # a name is only safe when its folder is
-_UMASK = os.umask(0); os.umask(_UMASK)
 
+# %% ../../nbs/15_data.cases.ipynb #2b16e108
 def write_case(
     out,              # prepared folder
     row:dict, image, seg=None, info:dict|None=None,   # see `pack_case`
@@ -504,6 +508,7 @@ def read_array(
     # a changed byte can come out as nearly any error of the codec
     except Exception: raise UserError(f'{path} is damaged', 'a blosc2 array', redo) from None
 
+# %% ../../nbs/15_data.cases.ipynb #5472a51c
 class Prepared:
     "A prepared set: rows, filters, partial reads."
     def __init__(self,
@@ -604,6 +609,30 @@ def _number(v):
     try: return float(v)
     except (TypeError, ValueError): return None
 
+# %% ../../nbs/15_data.cases.ipynb #14181004
+def _check_cases(cases, rows, values):
+    "Everything that can be refused before training starts, in one look at each row; whether the class labels are lists."
+    none = f'have none of the channels {", ".join(cases.channels)}','choose with select(channels=...)'
+    bare = 'have no segmentation','choose with select(labelled="seg")'
+    odd = f'hold label values outside {tuple(values or ())}','list every value'
+    mute = f'have no label {cases.target!r}',f'choose with select(labelled={cases.target!r})'
+    new = f'hold a {cases.target!r} outside {cases.classes}','list every class'
+    bad,kind = {k: [] for k in (none, bare, odd, mute, new)},None      # what is wrong -> cases
+    for r in rows:
+        if not set(cases.channels) & set(r['channels']): bad[none].append(r['case'])
+        if (cases.seg or cases.rule == 'foreground') and not r.get('seg'): bad[bare].append(r['case'])
+        if values is not None and not set(r['values']) <= set(values): bad[odd].append(r['case'])
+        if cases.target is None: continue
+        label = (r.get('labels') or {}).get(cases.target)
+        if label is None: bad[mute].append(r['case']); continue
+        multi = isinstance(label, list)
+        if kind not in (None, multi): raise UserError(f'label {cases.target!r} is a list in some cases and one value in others', 'one form')
+        kind = multi
+        if not set(label if multi else [label]) <= set(cases.classes): bad[new].append(r['case'])
+    for (what,todo),names in bad.items():
+        if names: raise UserError(f'{len(names)} of {len(rows)} case(s) {what}, e.g. {names[0]}', '', todo)
+    return kind
+
 # %% ../../nbs/15_data.cases.ipynb #c2835d38
 class Cases(torch.utils.data.Dataset):
     "Regions of prepared cases; the key is `(row index, seed)`."
@@ -631,31 +660,9 @@ class Cases(torch.utils.data.Dataset):
         if self.rule != 'whole' and (region is None or len(region) != self.dims or min(region) < 1): raise UserError(f'region {region} for {self.dims}-D cases', f'{self.dims} positive integers')
         self.region = tuple(region) if region is not None and self.rule != 'whole' else None
         self.classes = list(classes) if classes is not None else class_list(p.rows, target) if target else None
-        self._check(rows, values)
+        self.multi = _check_cases(self, rows, values)
         self.rows = rows
     def __len__(self): return len(self.rows)
-
-    def _check(self, rows, values):
-        "Everything that can be refused before training starts, in one look at each row."
-        none = f'have none of the channels {", ".join(self.channels)}','choose with select(channels=...)'
-        bare = 'have no segmentation','choose with select(labelled="seg")'
-        odd = f'hold label values outside {tuple(values or ())}','list every value'
-        mute = f'have no label {self.target!r}',f'choose with select(labelled={self.target!r})'
-        new = f'hold a {self.target!r} outside {self.classes}','list every class'
-        bad,self.multi = {k: [] for k in (none, bare, odd, mute, new)},None      # what is wrong -> cases
-        for r in rows:
-            if not set(self.channels) & set(r['channels']): bad[none].append(r['case'])
-            if (self.seg or self.rule == 'foreground') and not r.get('seg'): bad[bare].append(r['case'])
-            if values is not None and not set(r['values']) <= set(values): bad[odd].append(r['case'])
-            if self.target is None: continue
-            label = (r.get('labels') or {}).get(self.target)
-            if label is None: bad[mute].append(r['case']); continue
-            multi = isinstance(label, list)
-            if self.multi not in (None, multi): raise UserError(f'label {self.target!r} is a list in some cases and one value in others', 'one form')
-            self.multi = multi
-            if not set(label if multi else [label]) <= set(self.classes): bad[new].append(r['case'])
-        for (what,todo),names in bad.items():
-            if names: raise UserError(f'{len(names)} of {len(rows)} case(s) {what}, e.g. {names[0]}', '', todo)
 
     def __getitem__(self, key):
         i,seed = key
@@ -767,6 +774,7 @@ class _Reader(torch.utils.data.Dataset):
 
 def _as_is(x): return x
 
+# %% ../../nbs/15_data.cases.ipynb #32adfd2c
 class Loader:
     "Batches in the order of a sampler. Each `iter` begins again at `sampler.start`."
     def __init__(self, cases, sampler, workers:int=0):
@@ -798,6 +806,7 @@ class Loader:
         "PyTorch raises at the instant a worker dies, wherever the main thread is, be it between two halves of an optimiser step. Here it may do so only while a batch is waited for."
         if self.workers and threading.current_thread() is threading.main_thread(): return signal.signal(signal.SIGCHLD, what or signal.SIG_DFL)
 
+# %% ../../nbs/15_data.cases.ipynb #a543419b
 def _steady(worker):
     "A terminal and a scheduler send their signals to everybody; a worker obeys its master alone."
     for s in (signal.SIGINT, signal.SIGUSR1): signal.signal(s, signal.SIG_IGN)

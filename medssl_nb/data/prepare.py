@@ -621,6 +621,7 @@ def _announce(plan, need, workers):
     at = next(p for p in (out, *out.parents) if p.exists()); free = shutil.disk_usage(at).free
     if need and need['bytes']*1.1 > free: raise UserError(f'about {human(need["bytes"])} are needed and {human(free)} are free', '', 'make room, or choose another --out or a coarser --spacing')
 
+# %% ../../nbs/17_data.prepare.ipynb #f6453c7e
 def _results(plan, workers, token):
     "In this process, or from Dask."
     groups = plan.groups(16 if plan.cfg.scheduler else workers)
@@ -647,6 +648,7 @@ def _work(plan, workers, token, need):
             bar.close(); print(f'interrupted: {len(todo) - n} of {len(todo)} case(s) are left; the same command goes on', file=sys.stderr); raise
     return [p for _,p in sorted(problems, key=lambda p: p[0])], size
 
+# %% ../../nbs/17_data.prepare.ipynb #3235bf5e
 def _refresh(plan, which):
     "New class, split or group; the volumes stay."
     for at in range(0, len(which), 64):

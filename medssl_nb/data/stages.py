@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'report_rows', 'TextCases', 'BatchCases', 'Items', 'divide', 'item_counts', 'own_seed', 'Mixed', 'Beside',
-           'Joint', 'part', 'random_rows', 'reservoir', 'centred', 'assign', 'kmeans', 'nearest_members',
+           'Joint', 'part', 'random_rows', 'reservoir', 'centred', 'assign', 'kmeans', 'means', 'nearest_members',
            'kmeans_buffer', 'choose_rows', 'write_provenance', 'read_provenance', 'write_buffer', 'stage_cases']
 
 # %% ../../nbs/19_data.stages.ipynb #ea30b334
@@ -242,7 +242,7 @@ class Joint(Mixed):
 # %% ../../nbs/19_data.stages.ipynb #878a3bfd
 def part(
     n:int,             # cases of a stage
-    percent=5,         # of them; a decimal number is taken as it is written
+    percent=5,         # of them; a decimal number is taken as it is written, a `Fraction` as it is
 )->int:
     "So many per cent, rounded down, without floating point."
     p = Fraction(str(percent))
@@ -302,17 +302,28 @@ def kmeans(
     x,               # `(N, D)`
     clusters:int,
     seed:int=0,
-    minibatch:bool=False,
-)->np.ndarray:       # `(C, D)` centres; fewer where fewer cases differ
+    sample:int=0,    # learn on so many cases by chance, then move the centres to all their members; 0 learns on all
+    rounds:int=3,    # such moves
+)->np.ndarray:       # `(C, D)` centres
     "Centres by Lloyd's iteration from a k-means++ start."
     import warnings
-    from sklearn.cluster import KMeans, MiniBatchKMeans
+    from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
-    s = seed_of(seed, 'kmeans') % 2**32
-    make = MiniBatchKMeans(clusters, batch_size=max(1024, 3*clusters), n_init=1, random_state=s) if minibatch else KMeans(clusters, n_init=1, random_state=s)
+    on = x[random_rows(len(x), sample, seed)] if 0 < sample < len(x) else x
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', ConvergenceWarning)      # fewer distinct cases than centres: `kmeans_buffer` counts them
-        return make.fit(x).cluster_centers_
+        c = KMeans(clusters, n_init=1, random_state=seed_of(seed, 'kmeans') % 2**32).fit(on).cluster_centers_
+    for _ in range(rounds if on is not x else 0): c = means(x, assign(x, c)[0], c)
+    return c
+
+def means(
+    x, label,   # `(N, D)`; cluster of each `(N,)`
+    centres,    # `(C, D)`: stay where a cluster has no member
+)->np.ndarray:  # `(C, D)`
+    "Each centre in the middle of its members."
+    order = np.argsort(label, kind='stable'); who,first = np.unique(label[order], return_index=True); out = np.array(centres)
+    for k,i in zip(who, np.split(order, first[1:])): out[k] = x[i].mean(0, dtype=np.float64)
+    return out
 
 # %% ../../nbs/19_data.stages.ipynb #f3c53e94
 def nearest_members(
@@ -331,18 +342,19 @@ def kmeans_buffer(
     centres=1,         # clusters, in per cent of the cases
     seed:int=0,
     fill:bool=False,   # where small clusters left the buffer short: add the cases nearest to their centres
-    mini:int=20_000,   # mini-batch k-means above so many cases
+    whole:int=50_000,  # learn centres on all cases up to so many, above on 50 a centre
 )->tuple:              # row numbers in order, facts for the provenance
     "MedCoSS's choice: of each cluster the cases next to its centre (medcoss.md, 6.2)."
     x = centred(features); N = len(x); C = max(part(N, centres), 1)
     each = int(N*Fraction(str(percent))/100/C)
     if each < 1: raise UserError(f'{percent} % of {N} case(s) in {C} cluster(s)', 'at least one case a cluster', 'keep more, or use fewer centres')
-    label,dist = assign(x, kmeans(x, C, seed, N > mini))
+    sample = min(50*C, N) if N > whole else N
+    label,dist = assign(x, kmeans(x, C, seed, sample))
     rows = nearest_members(label, dist, each); short = C*each - len(rows)
     if fill and short:
         rest = np.setdiff1d(np.arange(N), rows)
         rows = np.concatenate([rows, rest[np.lexsort((rest, dist[rest]))][:short]])
-    return np.sort(rows), dict(clusters=C, used=len(np.unique(label)), each=each, percent=float(percent), centres=float(centres), seed=seed, minibatch=N > mini, short=C*each - len(rows), filled=short if fill else 0)
+    return np.sort(rows), dict(clusters=C, used=len(np.unique(label)), each=each, percent=float(percent), centres=float(centres), seed=seed, learnt_on=sample, short=C*each - len(rows), filled=short if fill else 0)
 
 # %% ../../nbs/19_data.stages.ipynb #150a632e
 RULES = ('random', 'reservoir', 'kmeans')

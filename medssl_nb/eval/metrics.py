@@ -65,11 +65,12 @@ def hd95(
     ref,                 # the reference
     spacing=None,        # mm per axis, `(d, h, w)`; None means 1
     percentile:float=95.,  # 100 gives the Hausdorff distance itself
-)->float:                # mm; both empty 0, one empty the diagonal of the volume
+    empty:float|None=None, # what one empty mask costs; None: the diagonal of the volume; 500 is MedCoSS's (medcoss.md, section 7)
+)->float:                # mm; both empty 0
     "The larger of the two directed 95th-percentile surface distances."
     p,r = _same_shape(pred, ref)
     if not p.any() and not r.any(): return 0.
-    if not p.any() or not r.any(): return diagonal(p.shape, np.ones(p.ndim) if spacing is None else spacing)
+    if not p.any() or not r.any(): return diagonal(p.shape, np.ones(p.ndim) if spacing is None else spacing) if empty is None else float(empty)
     return float(max(np.percentile(d, percentile) for d in surface_distances(p, r, spacing)))
 
 def surface_dice(

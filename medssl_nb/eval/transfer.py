@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['NAMES', 'STRENGTHS', 'FREE', 'CELLS', 'CompareConfig', 'FinetuneConfig', 'labelled_rows', 'deal', 'label_order',
            'label_budget', 'Arm', 'trained_norm', 'load_arm', 'load_arms', 'fresh', 'make_task', 'missing_task',
-           'Bench', 'resolve', 'judge', 'write_prediction', 'verdict', 'fit', 'cell_dir', 'run_cell', 'grid_of',
-           'class_metrics', 'compare_segment', 'compare_classify', 'summarise', 'table_md', 'ProbeConfig', 'features',
-           'knn_prob', 'linear_prob', 'probe_cell', 'claim', 'write_reports', 'saw_test', 'compare', 'finetune',
-           'probe', 'histories']
+           'Bench', 'resolve', 'judge', 'outline', 'decide', 'write_prediction', 'verdict', 'judge_every_subset', 'fit',
+           'cell_dir', 'run_cell', 'grid_of', 'class_metrics', 'compare_segment', 'compare_classify', 'summarise',
+           'table_md', 'ProbeConfig', 'features', 'knn_prob', 'linear_prob', 'probe_cell', 'claim', 'write_reports',
+           'saw_test', 'compare', 'finetune', 'probe', 'histories']
 
 # %% ../../nbs/61_eval.transfer.ipynb #337d21bc
 import hashlib
@@ -25,11 +25,11 @@ import torch
 from ..config import read_yaml, save_yaml, to_dict
 from ..core import UserError, atomic, die_with_parent, disk_errors, generator, read_json, read_jsonl, seed_of, sweep, write_json, write_jsonl
 from ..data.cases import Cases, Prepared, class_list, check_disjoint, collate, split_by_subject
-from .metrics import auc, balanced_accuracy, bootstrap, crossed_interval, macro_auc, paired_test, segment_scores
+from .metrics import auc, balanced_accuracy, bootstrap, crossed_interval, dice, macro_auc, paired_test, segment_scores
 from ..losses.segment import class_weights
 from ..nets.registry import build_encoder
 from ..tasks.brainmvp import load_templates
-from ..tasks.missing import MissingConfig, SegmentMissing, in_order, predict_missing
+from ..tasks.missing import ClassifyMissing, MissingConfig, SegmentMissing, in_order, predict_class_missing, predict_missing, subsets
 from ..tasks.supervised import NORMS, AugmentConfig, Classify, ClassifyConfig, Segment, SegmentConfig, card_norm, evaluating, groups_of, input_norm, predict, predict_class, to_labels
 from ..train.checkpoint import load_encoder, load_into, own, remove_dir
 from ..train.trainer import TrainConfig, run_lock, train
@@ -81,7 +81,9 @@ class FinetuneConfig(CompareConfig):
     foreground:float=.5                     # segment: share of regions centred on a labelled voxel, where volumes are larger
     decoder:Literal['skip','linear']='skip' # segment: with skips, or linear
     head:Literal['linear','mlp']='linear'   # classify: on the pooled bottleneck, or with one hidden layer (brainmvp.md, section 3.7)
-    missing:Literal['no','zero','template']='no'  # segment: what stands for absent sequences, and sequences are taken away in training (46_tasks.missing)
+    missing:Literal['no','zero','template']='no'  # what stands for absent sequences, and sequences are taken away in training (46_tasks.missing); no: 0 stands for them, and no training for it
+    replace:float=1.                        # missing: probability that a case of a batch loses sequences, from none to all but one; 0: the same network, never shown a gap
+    subsets:bool=False                      # judge every network on every non-empty subset of the sequences: subsets.md, .json, .png
     templates:Path|None=None                # missing=template: the folder a run of brainmvp leaves, runs/NAME/templates; the same for all arms
     balance:bool=True                       # classify: weigh classes by how rare they are among the labelled cases
     augment:AugmentConfig=field(default_factory=AugmentConfig)
@@ -247,15 +249,17 @@ def make_task(
     shared = dict(region=tuple(cfg.region), channels=tuple(cfg.channels) or None, normalise=arm.norm, freeze=freeze, augment=cfg.augment)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, 0, 0, 'weights', 'head'))
-        if cfg.kind == 'segment' and getattr(cfg, 'missing', 'no') != 'no': return missing_task(enc, cfg, shared)
+        if getattr(cfg, 'missing', 'no') != 'no': return missing_task(enc, cfg, shared, classes, weight)
         if cfg.kind == 'segment': return Segment(enc, SegmentConfig(values=tuple(cfg.values), regions=tuple(cfg.regions), decoder=cfg.decoder, **shared))
         return Classify(enc, ClassifyConfig(classes=len(classes['names']), multi=classes['multi'], weight=tuple(weight), head=cfg.head, **shared))
 
-def missing_task(enc, cfg, shared)->SegmentMissing:
-    "Segmentation that expects sequences to be missing; the decoder fits the encoder."
+def missing_task(enc, cfg, shared, classes=None, weight=()):
+    "A task that expects sequences to be missing; a decoder fits the encoder. Never shown a gap, a case needs no second disguise."
     t = in_order(*load_templates(cfg.templates), cfg.channels) if cfg.missing == 'template' else None
+    rule = dict(fill=cfg.missing, replace=cfg.replace, pair=cfg.replace > 0)
+    if cfg.kind == 'classify': return ClassifyMissing(enc, ClassifyConfig(classes=len(classes['names']), multi=classes['multi'], weight=tuple(weight), head=cfg.head, **shared), templates=t, **rule)
     kind = 'unetr' if tuple(enc.strides) == tuple(2**(i+1) for i in range(len(enc.strides))) else 'skip'
-    m = MissingConfig(values=tuple(cfg.values), regions=tuple(cfg.regions), fill=cfg.missing, decoder=kind, deep=min(2, len(enc.widths)-1), flip=0., **shared)   # flips are those of `augment`, as for every arm
+    m = MissingConfig(values=tuple(cfg.values), regions=tuple(cfg.regions), decoder=kind, deep=min(2, len(enc.widths)-1), flip=0., **rule, **shared)   # flips are those of `augment`, as for every arm
     return SegmentMissing(enc, m, t)
 
 # %% ../../nbs/61_eval.transfer.ipynb #54f355b2
@@ -278,10 +282,12 @@ def resolve(cfg)->Bench:
     dims = rows[0]['dims']
     channels = cfg.channels or tuple(c for c in prepared.channels if any(c in r['channels'] for r in rows))
     if getattr(cfg, 'missing', 'no') != 'no':
-        if cfg.kind != 'segment' or cfg.decoder != 'skip': raise UserError(f'missing={cfg.missing} with kind={cfg.kind}, decoder={cfg.decoder}', 'segment and skip')
+        if cfg.decoder != 'skip': raise UserError(f'missing={cfg.missing} with decoder={cfg.decoder}', 'skip')
+        if not 0 <= cfg.replace <= 1: raise UserError(f'replace is {cfg.replace}', 'a probability')
         if cfg.missing == 'template' and cfg.templates is None: raise UserError('missing=template without templates', 'a folder', '--templates runs/NAME/templates of a run of brainmvp, or --missing zero')
         if cfg.missing == 'template': in_order(*load_templates(cfg.templates), channels)
     elif getattr(cfg, 'templates', None): raise UserError('templates are given and not used', '--missing template')
+    if getattr(cfg, 'subsets', False) and len(channels) < 2: raise UserError(f'subsets of the single sequence {", ".join(channels)}', 'at least two', 'leave --subsets out, or choose --channels')
     arms = load_arms(cfg, len(channels), dims)
     new,classes = dict(channels=channels),None
     if cfg.kind == 'segment':
@@ -311,16 +317,24 @@ def judge(
         cases = Cases(bench.prepared, rows, channels=cfg.channels, region=cfg.region, target=cfg.target, classes=bench.classes['names'], region_rule='centre')
         for i in range(0, len(rows), 16):
             b = collate([cases[j,0] for j in range(i, min(i+16, len(rows)))])
-            for r,p,t in zip(rows[i:], predict_class(task, b['image'], b['present']).tolist(), b['target'].tolist()):
+            for r,p,t in zip(rows[i:], decide(task, b, b['present']).tolist(), b['target'].tolist()):
                 out.append(dict(case=r['case'], subject=r['subject'], target=t, prob=p))
         return out
     for i,r in enumerate(rows):
         image,present = bench.prepared.read(r, channels=cfg.channels)
-        prob = (predict_missing if isinstance(task, SegmentMissing) else predict)(task, torch.from_numpy(image), torch.from_numpy(present))
+        prob = outline(task, torch.from_numpy(image), torch.from_numpy(present))
         scores = segment_scores(to_labels(prob, task.cfg).numpy(), bench.prepared.read_seg(r)[0], groups_of(task.cfg), r['spacing'][-r['dims']:])
         out += [dict(case=r['case'], subject=r['subject'], **s) for s in scores]
         if save is not None and (keep < 0 or i < keep): write_prediction(Path(save)/f'{r["case"]}.nii.gz', prob, task.cfg, bench.prepared.info(r))
     return out
+
+def outline(task, image, present)->torch.Tensor:
+    "Probabilities of a whole volume from the sequences that are there, as the task was trained."
+    return (predict_missing if isinstance(task, SegmentMissing) else predict)(task, image, present)
+
+def decide(task, batch, present)->torch.Tensor:
+    "Likewise for a decision, `(B, K)`."
+    return predict_class_missing(task, batch, present) if isinstance(task, ClassifyMissing) else predict_class(task, batch['image'], present)
 
 def write_prediction(
     path,          # named by the pseudonym of the case
@@ -345,6 +359,35 @@ def verdict(
         p = np.clip(np.array(r['prob']), 1e-7, 1-1e-7)
         return float(np.log(p[r['target']])) if np.ndim(r['target']) == 0 else float(np.mean(np.where(np.array(r['target']) > .5, np.log(p), np.log(1-p))))
     return dict(score=float(np.mean([ll(r) for r in rows])))
+
+# %% ../../nbs/61_eval.transfer.ipynb #d7772fab
+def judge_every_subset(
+    task,            # trained
+    bench:Bench,
+    rows:list,       # cases to be judged
+)->list:             # rows: case, subject, subset, n, and dice of each class, or target and prob
+    "Every non-empty subset of the channels, on every case that has it."
+    cfg,out = bench.cfg,[]
+    every = [('+'.join(s), len(s), torch.tensor([c in s for c in cfg.channels])) for s in subsets(cfg.channels)]
+    if cfg.kind == 'classify':
+        cases = Cases(bench.prepared, rows, channels=cfg.channels, region=cfg.region, target=cfg.target, classes=bench.classes['names'], region_rule='centre')
+        for i in range(0, len(rows), 16):
+            b = collate([cases[j,0] for j in range(i, min(i+16, len(rows)))])
+            for name,n,p in every:
+                ok = ~(p & ~b['present']).any(1); k = ok.nonzero()[:,0].tolist()
+                if not k: continue
+                part = {key: v[ok] for key,v in b.items() if torch.is_tensor(v)}
+                out += [dict(case=rows[i+j]['case'], subject=rows[i+j]['subject'], subset=name, n=n, target=b['target'][j].tolist(), prob=q) for j,q in zip(k, decide(task, part, p.expand(len(k), -1)).tolist())]
+        return out
+    groups = groups_of(task.cfg)
+    for r in rows:
+        image,present = (torch.from_numpy(v) for v in bench.prepared.read(r, channels=cfg.channels)); ref = bench.prepared.read_seg(r)[0]
+        mine = [(name, n, p) for name,n,p in every if not (p & ~present).any()]
+        for (name,n,_),prob in zip(mine, outline(task, image, torch.stack([p for *_,p in mine]))):
+            found = to_labels(prob, task.cfg).numpy()
+            out += [{'case': r['case'], 'subject': r['subject'], 'subset': name, 'n': n, 'class': '+'.join(map(str, g)), 'dice': dice(np.isin(found, g), np.isin(ref, g))} for g in groups]
+    return out
+
 
 # %% ../../nbs/61_eval.transfer.ipynb #56ac1eb7
 def fit(bench:Bench, arm:Arm, rows:list, seed:int, lr:float, freeze:float, out):
@@ -390,6 +433,7 @@ def run_cell(bench:Bench, name:str, budget:int, seed:int)->dict:
     if not cfg.keep_weights:
         for r in out.glob('run*'):
             for d in ('checkpoints', 'encoder'): remove_dir(r/d)      # a process killed in between leaves no half a checkpoint to continue from
+    if cfg.subsets: write_jsonl(out/'subsets.jsonl', [dict(arm=name, budget=budget, seed=seed, **r) for r in judge_every_subset(task, bench, bench.parts['test'])])
     write_jsonl(out/'rows.jsonl', scores)
     result = dict(arm=name, budget=budget, seed=seed, encoder=arm.sha, chosen=i, tried=tried, labelled=sorted(r['case'] for r in rows), test=len({s['case'] for s in scores}), **verdict(scores, cfg.kind))
     write_json(out/'result.json', result)
@@ -620,7 +664,7 @@ CELLS = dict(finetune=run_cell, probe=probe_cell)
 def compare(
     cfg:CompareConfig,
     kind:str,        # of cell: 'finetune' or 'probe'
-)->dict:             # out (the table), rows, table, cells
+)->dict:             # out (the table), rows, table, cells, subsets (rows, where asked for), bench
     "All cells of a comparison, then its table."
     if cfg.out is None: raise UserError('no place to write', '--out results/NAME')
     bench = resolve(cfg); cfg = bench.cfg
@@ -655,11 +699,13 @@ def _all_cells(bench:Bench, kind:str)->dict:
     rows = [r for j in jobs for r in read_jsonl(cell_dir(cfg.out, *j)/'rows.jsonl')]
     table = summarise(rows, bench.arms, cfg.kind)
     out = Path(cfg.out)
+    every = [r for j in jobs for r in read_jsonl(cell_dir(cfg.out, *j)/'subsets.jsonl')] if getattr(cfg, 'subsets', False) else None
+    if every is not None: write_jsonl(out/'subsets.jsonl', every)
     write_jsonl(out/'rows.jsonl', rows); write_jsonl(out/'cells.jsonl', cells); write_json(out/'table.json', table)
     md = table_md(table, note)
     with atomic(out/'table.md') as t: t.write_text(md)
     if cfg.bar: print(md)
-    return dict(out=out/'table.md', rows=rows, table=table, cells=cells)
+    return dict(out=out/'table.md', rows=rows, table=table, cells=cells, bench=bench, subsets=every)
 
 # %% ../../nbs/61_eval.transfer.ipynb #9b45953c
 def finetune(cfg:FinetuneConfig)->dict:

@@ -24,7 +24,7 @@ class _Depthwise(torch.autograd.Function):
         return _dw(x, w, b)
     @staticmethod
     def backward(ctx, g):
-        x,w = ctx.saved_tensors
+        x,w = (t.to(g.dtype) for t in ctx.saved_tensors)     # autocast ran the forward pass in 16 bits, and is not here
         B,C,k = *x.shape[:2],w.shape[2:]; dims = tuple(range(2, x.ndim))
         dx = _dw(g, w.flip(dims), None) if ctx.needs_input_grad[0] else None
         dw = None

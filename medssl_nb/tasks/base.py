@@ -124,6 +124,7 @@ def idle_zero(
     *modules,   # heads that may be unused in this step
 ):              # scalar, exactly 0, with a zero gradient for each of their parameters
     "Zero that touches every parameter."
-    ps = [p for m in modules for p in m.parameters() if p.requires_grad]
+    # outside its own forward a divided weight (FSDP) is not whole, and nobody waits for its gradient
+    ps = [p for m in modules for p in m.parameters() if p.requires_grad and not hasattr(p, 'to_local')]
     # one element each: a sum over all of them would cost a pass over memory, and inf * 0 would be NaN
     return sum((p.reshape(-1)[0].nan_to_num()*0 for p in ps), torch.zeros(()) if not ps else ps[0].new_zeros(()))

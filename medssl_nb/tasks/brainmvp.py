@@ -21,6 +21,8 @@ from ..core import UserError, choose, read_json, sha256_file, write_json
 from ..data.cases import MODALITIES, channel_order
 from ..data.masking import block_grid, block_mask, cross_fill, draw_partners, pick_channel
 from ..losses.contrast import info_nce, spread
+from ..nets.registry import named_encoder
+from ..nets.swin3d import ResizeDecoder
 from ..nets.uniformer3d import ResidualDecoder, ResidualEncoder, TokenDecoder, UniFormerEncoder
 from .base import Task
 from .mae import pooled
@@ -32,7 +34,7 @@ SEQUENCES = ('flair', 't1', 't1c', 't2', 'mra', 'pd', 'dwi', 'adc')   # the auth
 class BrainMVPConfig:
     "BrainMVP; the defaults are the UniFormer form of the specification."
     # network
-    net:Literal['uniformer','residual']='uniformer'  # residual: the convolutional variant
+    net:Literal['uniformer','residual','unet','plain','resenc']='uniformer'  # residual: the convolutional variant; the others: encoders of the baselines, for comparisons
     widths:tuple[int,...]=(64,128,320,512)  # per stage, fine to coarse
     depths:tuple[int,...]=(3,4,8,3)  # blocks per stage
     conv_stages:int=2                # UniFormer: stages before attention
@@ -62,7 +64,7 @@ class BrainMVPConfig:
 
     def __post_init__(self):
         bad = lambda came,want,todo='': (_ for _ in ()).throw(UserError(f'BrainMVP: {came}', want, todo))
-        for k,words in dict(net=('uniformer','residual'), draw=('case','batch'), template=('raw','minmax'), sparse=('auto','yes','no')).items(): choose(getattr(self, k), words, k)
+        for k,words in dict(net=('uniformer','residual','unet','plain','resenc'), draw=('case','batch'), template=('raw','minmax'), sparse=('auto','yes','no')).items(): choose(getattr(self, k), words, k)
         for s in self.sequences: choose(s, MODALITIES, 'sequence')
         if len(set(self.sequences)) < len(self.sequences): bad(f'sequences {self.sequences}', 'each once')
         if len(self.region) not in (2,3): bad(f'region {self.region}', '(d, h, w) or (h, w)')
@@ -249,6 +251,7 @@ class BrainMVP(Task):
         c = self.cfg = replace(cfg, sequences=cfg.sequences or SEQUENCES, atlas=cfg.atlas or cfg.region)
         self.region,self.channels,dims = tuple(c.region),tuple(c.sequences),len(c.region)
         if c.net == 'residual': self.encoder = ResidualEncoder(1, c.widths, c.depths, dims); self.decoder = ResidualDecoder(self.encoder)
+        elif c.net != 'uniformer': self.encoder = named_encoder(c.net, 1, dims, c.widths); self.decoder = ResizeDecoder(self.encoder)   # a decoder for any encoder, from the bottleneck alone
         else: self.encoder = UniFormerEncoder(1, c.widths, c.depths, c.conv_stages, c.head_width, dims); self.decoder = TokenDecoder(self.encoder, light=c.light_decoder)
         if any(s % self.encoder.strides[-1] for s in self.region): raise UserError(f'region {self.region}', f'multiples of {self.encoder.strides[-1]}, the stride of the encoder')
         if c.w_template:

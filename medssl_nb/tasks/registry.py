@@ -34,7 +34,8 @@ def task_config(
 ):                         # settings
     "Settings of a method, by preset."
     _,config = method(name)
-    return getattr(config, {'3d':'for_3d', '2d':'for_2d'}.get(choose(preset, PRESETS, 'preset'), preset))()
+    names = PRESETS + tuple(p for p in ('unified', 'small_unified') if hasattr(config, p))   # one network for reports, images and volumes
+    return getattr(config, {'3d':'for_3d', '2d':'for_2d'}.get(choose(preset, names, 'preset'), preset))()
 
 def load_task(
     name:str,      # of the method

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'IMAGENET', 'OFF', 'AugmentConfig', 'input_norm', 'fixed_norm', 'keep_absent', 'card_norm', 'augment',
-           'encode', 'LinearDecoder', 'SegmentConfig', 'Segment', 'evaluating', 'predict', 'to_labels', 'groups_of',
-           'ClassifyConfig', 'Classify', 'predict_class']
+           'encode', 'LinearDecoder', 'SegmentConfig', 'Segment', 'evaluating', 'at_once', 'predict', 'to_labels',
+           'groups_of', 'ClassifyConfig', 'class_loss', 'Classify', 'predict_class']
 
 # %% ../../nbs/45_tasks.supervised.ipynb #db3dc70c
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -202,30 +203,38 @@ def evaluating(task):
     finally:
         for m,t in was.items(): m.training = t
 
+def at_once(region, least:int=2, voxels:int=2**19)->int:
+    "How many windows to show together: many small ones, a few large ones."
+    return max(least, voxels//math.prod(region))
+
 def predict(
     task,                  # `Segment`
     image,                 # `(M, *S)`, the whole volume
-    present=None,          # `(M,)` bool; None: all
+    present=None,          # `(M,)` bool, None: all; or `(P, M)`: P answers, each with what it may see
     overlap:float=.5,      # share of a window
     batch:int=2,           # windows at once
-)->torch.Tensor:           # `(K, *S)` probabilities on the CPU: classes with background first, or regions
+)->torch.Tensor:           # `(K, *S)`, or `(P, K, *S)`, probabilities on the CPU: classes with background first, or regions
     "Probabilities for a whole volume."
     dev = next(task.parameters()).device
     x = torch.as_tensor(image).float().to(dev)
     if x.ndim != len(task.region)+1: raise UserError(f'volume of shape {tuple(x.shape)}', f'(channels, {", ".join("dhw"[-len(task.region):])})')
     pres = torch.ones(len(x), dtype=torch.bool, device=dev) if present is None else torch.as_tensor(present, device=dev)
-    def window(w):
-        z = task.decoder(task.encoder(input_norm(w, task.cfg.normalise, pres.expand(len(w), -1), task.encoder.in_channels))).float()
+    if pres.ndim == 2 and any(s > r for s,r in zip(x.shape[1:], task.region)): return torch.stack([predict(task, image, p, overlap, batch) for p in pres])
+    many = pres.view(-1, len(x))
+    def window(w, p=many):
+        z = task.decoder(task.encoder(input_norm(w, task.cfg.normalise, p.expand(len(w), -1), task.encoder.in_channels))).float()
         return z.sigmoid() if task.cfg.regions else z.softmax(1)
     pad = [max(r-s, 0) for r,s in zip(task.region, x.shape[1:])]
     lo = [p//2 for p in pad]
     x = F.pad(x, [v for p,l in zip(reversed(pad), reversed(lo)) for v in (l, p-l)])[None]
     with evaluating(task):
-        if tuple(x.shape[2:]) == tuple(task.region): out = window(x)
+        if tuple(x.shape[2:]) == tuple(task.region): out = torch.cat([window(x.expand(len(p), *x.shape[1:]), p) for p in many.split(at_once(task.region, batch))])
         else:
             from monai.inferers import sliding_window_inference
             out = sliding_window_inference(x, task.region, batch, window, overlap=overlap, mode='gaussian')
-    return out[(0, slice(None), *[slice(l, l+s) for l,s in zip(lo, image.shape[1:])])].cpu().clone()
+    out = out[(slice(None), slice(None), *[slice(l, l+s) for l,s in zip(lo, image.shape[1:])])].cpu().clone()
+    return out if pres.ndim == 2 else out[0]
+
 
 # %% ../../nbs/45_tasks.supervised.ipynb #384f312a
 def to_labels(
@@ -262,6 +271,20 @@ class ClassifyConfig:
     freeze:float=0.                     # share of training in which the encoder rests; 1 freezes it
     augment:AugmentConfig|None=None     # None: the light default
 
+def class_loss(
+    logits,            # `(B, K)`
+    target,            # `(B,)` class numbers, or `(B, K)` 0 and 1 with `multi`
+    cfg:ClassifyConfig,
+)->dict:               # one term
+    "Cross-entropy of classes that exclude each other, or of findings that do not."
+    x,t = logits.float(),target
+    w = torch.tensor(cfg.weight, device=x.device) if cfg.weight else None
+    if cfg.multi:
+        check_shape(t, f'B {cfg.classes}', 'target')
+        return dict(bce=F.binary_cross_entropy_with_logits(x, t.float(), pos_weight=w))
+    if t.ndim != 1 or int(t.min()) < 0 or int(t.max()) >= cfg.classes: raise UserError(f'targets of shape {tuple(t.shape)} from {int(t.min())} to {int(t.max())}', f'(B,) with 0 to {cfg.classes-1}', 'for several findings a case set multi')
+    return dict(ce=F.cross_entropy(x, t.long(), w))
+
 class Classify(Task):
     "Encoder, pooled, a linear layer or a small perceptron."
     needs = ('target',)
@@ -282,14 +305,7 @@ class Classify(Task):
         x,_ = augment(batch['image'], None, batch['present'], self.cfg.augment or AugmentConfig(), self.cfg.normalise, gen, batch.get('spacing'), self.encoder.in_channels)
         return dict(image=x, target=batch['target'], rest=batch.get('progress', 0.) < self.cfg.freeze)
     def forward(self, v): return dict(logits=self.head(encode(self.encoder, v['image'], v['rest'])))
-    def losses(self, out, v):
-        x,t = out['logits'].float(),v['target']
-        w = torch.tensor(self.cfg.weight, device=x.device) if self.cfg.weight else None
-        if self.cfg.multi:
-            check_shape(t, f'B {self.cfg.classes}', 'target')
-            return dict(bce=F.binary_cross_entropy_with_logits(x, t.float(), pos_weight=w))
-        if t.ndim != 1 or int(t.min()) < 0 or int(t.max()) >= self.cfg.classes: raise UserError(f'targets of shape {tuple(t.shape)} from {int(t.min())} to {int(t.max())}', f'(B,) with 0 to {self.cfg.classes-1}', 'for several findings a case set multi')
-        return dict(ce=F.cross_entropy(x, t.long(), w))
+    def losses(self, out, v): return class_loss(out['logits'], v['target'], self.cfg)
 
 def predict_class(
     task,               # `Classify`

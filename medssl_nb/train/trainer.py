@@ -210,7 +210,7 @@ def shard(
     for t in (*task.parameters(), *task.buffers()):
         first = t.detach().to(there, copy=True).contiguous(); dist.broadcast(first, 0); t.detach().copy_(first)
     for part in getattr(task, 'encoder', nn.Module()).children():
-        for m in part if isinstance(part, nn.ModuleList) else [part]:
+        for m in part if isinstance(part, nn.ModuleList) else part.values() if isinstance(part, nn.ModuleDict) else [part]:
             if any(True for _ in m.parameters()): fully_shard(m, mesh=mesh)
     return fully_shard(task, mesh=mesh)
 

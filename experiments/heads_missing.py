@@ -1,0 +1,329 @@
+"""Which pre-training helps when labels are few, and which when sequences are missing? Generated heads, truth known.
+
+    python experiments/heads_missing.py --out runs/heads_missing            # everything, continued where it was stopped
+    python experiments/heads_missing.py --out runs/heads_missing --stage pretrain --seeds 0
+
+One encoder (a small U-Net), one data set, the same steps, batch and rate for every method; what differs is the task. For each seed every method is pre-trained anew, then fine-tuned by `medssl finetune --subsets True`
+with few labels, for outlines and for a decision, with and without sequences taken away in training; each network is judged on every non-empty subset of the four sequences.
+A seed is a seed of everything: pre-training, the labelled cases, first weights and crops.
+"""
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from medssl_nb.config import load_yaml
+from medssl_nb.core import read_jsonl, write_json
+from medssl_nb.data.cases import write_case, write_index
+from medssl_nb.data.phantom import head_case, unit
+
+HERE = Path(__file__).parent
+
+
+@dataclass
+class Plan:
+    "What the YAML file says."
+    people: int = 96
+    test: int = 48
+    side: int = 24
+    sequences: tuple[str, ...] = ("t1", "t1c", "t2", "flair")
+    widths: tuple[int, ...] = (8, 16, 32, 64)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 80
+    batch: int = 8
+    lr: float = 3e-3
+    seg_labels: int = 8
+    seg_steps: int = 60
+    seg_batch: int = 2
+    cls_labels: int = 16
+    cls_steps: int = 40
+    cls_batch: int = 8
+    tune_lr: float = 1e-2
+    probe_labels: int = 32
+
+
+# what a method is here: its name, and the settings that make the arm
+OFF = dict(w_template=0.0, w_contrast=0.0, template_warmup=0.0)
+ARMS = {
+    "rec": ("taco", dict(level=2, w_intra=0.0, w_inter=0.0)),
+    "mae": ("mae", dict(block=4)),
+    "pcrlv2": ("pcrlv2", dict(region="side", size=(24, 24, 24), sizes=((20, 24, 20), (24, 24, 24), (20, 20, 20)), local_size=(16, 16, 16), local_sizes=((12, 12, 12), (10, 12, 10)), target="zscore")),
+    "cmr": ("brainmvp", OFF),
+    "cmr_md": ("brainmvp", dict(w_contrast=0.0)),
+    "brainmvp": ("brainmvp", {}),  # + contrast: all of it
+    "taco": ("taco", dict(level=2)),
+}
+
+
+def data(plan, out):
+    "Heads as a prepared set; who is already there is not drawn again."
+    out = out / "prepared"
+    if (out / "index.jsonl").is_file():
+        return out
+    for i in range(plan.people + plan.test):
+        sick = i % 2 == 0
+        h = head_case(7, (plan.side,) * 3, modalities=plan.sequences, subject=i, lesions=None if sick else 0, background=False)
+        image = torch.stack([torch.as_tensor(unit(h["images"][m], floor=60)) for m in plan.sequences]).float().numpy()
+        row = dict(case=f"c-{i:03d}", subject=f"s-{i:03d}", session="", split="test" if i >= plan.people else "train", group="lesion" if sick else "none", dims=3, channels=list(plan.sequences), spacing=list(h["spacing"]), labels=dict(finding="lesion" if sick else "none"), fingerprint="")
+        write_case(out, row, image, h["label"][None] if sick else None)
+    write_index(out)
+    return out
+
+
+def pretrain_arm(plan, out, name, seed):
+    "One run; a finished one is read."
+    from medssl_nb.pretrain import pretrain, settings
+
+    method, kw = ARMS[name]
+    c, _ = settings(["--method", method, "--preset", "small3d"])
+    c.data, c.out = out / "prepared", out / "runs" / f"{name}_s{seed}"
+    if (c.out / "encoder" / "card.json").is_file():
+        return c.out
+    kw = {k: (plan.side,) * 3 if v == "side" else v for k, v in kw.items()}
+    c.task = type(c.task).small3d(**{"net": "unet", "widths": plan.widths, **({"region": (plan.side,) * 3} if method != "pcrlv2" else {}), **kw})
+    t = c.train
+    t.steps, t.batch, t.lr, t.warmup, t.seed, t.optimizer, t.weight_decay, t.clip = plan.steps, plan.batch, plan.lr, 10, seed, "adamw", 1e-4, 10.0
+    t.precision, t.channels_last, t.workers, t.save_every, t.keep, t.tensorboard, t.bar = "32-true" if method == "pcrlv2" else "bf16-mixed", True, 0, 0, 1, False, False  # in 16 bits a head of 8 channels met a zero vector, whose cosine has no slope
+    if getattr(c.task, "w_template", 0.0) == 0.0:
+        t.lr_scale = {}  # no templates, no rate of their own
+    begin = time.process_time()
+    pretrain(c)
+    print(f"{name} seed {seed}: {time.process_time() - begin:.0f} CPU s", flush=True)
+    return c.out
+
+
+BASE = ("rec", "mae", "pcrlv2", "brainmvp", "taco")  # the ablation of BrainMVP is judged with gaps alone
+REGIMES = {"gaps": (1.0, tuple(ARMS)), "whole": (0.0, BASE)}  # share of training cases that lose sequences, and the arms
+
+
+def finetune_regime(plan, out, kind, regime, seed):
+    "One comparison with one seed, through the command's own function; what is finished is read."
+    from medssl_nb.eval.transfer import FinetuneConfig, finetune
+
+    replace, arms = REGIMES[regime]
+    seg = kind == "segment"
+    c = FinetuneConfig(
+        data=out / "prepared", out=out / f"{kind}_{regime}_s{seed}", arms={a: str(out / "runs" / f"{a}_s{seed}") for a in arms}, kind=kind, missing="zero", replace=replace, subsets=True, seeds=(seed,),
+        group=("lesion",) if seg else (), regions=((1, 2, 3),) if seg else (), target="finding", budgets=(plan.seg_labels if seg else plan.cls_labels,), steps=plan.seg_steps if seg else plan.cls_steps,
+        batch=plan.seg_batch if seg else plan.cls_batch, lr=(plan.tune_lr,), warmup=5, val=0.0, predictions=0, precision="bf16-mixed", device="cpu", bar=False,
+    )
+    begin = time.process_time()
+    got = finetune(c)
+    print(f"{kind} {regime} seed {seed}: {time.process_time() - begin:.0f} CPU s", flush=True)
+    return got["subsets"]
+
+
+def late_probe(plan, out, seed):
+    """The late-fusion probe of the TACO specification, section 6: every sequence through the frozen encoder by itself, pooled, the mean over what is there, a linear head. A missing sequence is left out of the mean.
+    `whole`: the head learns from the mean over all; `gaps`: from the means over all subsets. Beside the encoders two random ones, one for each kind of input."""
+    import numpy as np
+    from sklearn.linear_model import LogisticRegression
+
+    from medssl_nb.core import write_jsonl
+    from medssl_nb.data.cases import Prepared
+    from medssl_nb.eval.transfer import fresh, label_budget
+    from medssl_nb.tasks.missing import subsets
+    from medssl_nb.tasks.supervised import evaluating, input_norm
+    from medssl_nb.train.checkpoint import load_encoder
+
+    if all((out / f"probe_{r}_s{seed}" / "subsets.jsonl").is_file() for r in REGIMES):
+        return
+    begin = time.process_time()
+    prepared = Prepared(out / "prepared")
+    test, train = (prepared.select(split=k) for k in ("test", "train"))
+    rows = label_budget(train, plan.probe_labels, seed, "finding")
+    x = {r["case"]: torch.from_numpy(np.asarray(prepared.read(r, channels=plan.sequences)[0], np.float32)) for r in (*rows, *test)}
+    sick = lambda rs: np.array([r["labels"]["finding"] == "lesion" for r in rs], int)
+    every = [np.array([m in s for m in plan.sequences], float) for s in subsets(plan.sequences)]
+    names = ["+".join(s) for s in subsets(plan.sequences)]
+    cells = {k: [] for k in REGIMES}
+    first = load_encoder(out / "runs" / f"rec_s{seed}")[0].spec()
+    for name in ("scratch", "scratch01", *ARMS):
+        if name in ARMS:
+            enc, card = load_encoder(out / "runs" / f"{name}_s{seed}")
+            norm = card["input"]
+        else:
+            enc, norm = fresh(first, seed), "none" if name == "scratch01" else "zscore"
+        pool = {}
+        with evaluating(enc):
+            for c, v in x.items():  # (sequences, features of all levels)
+                pool[c] = torch.cat([f.float().flatten(2).mean(2) for f in enc(input_norm(v[:, None], norm))], 1).numpy()
+        some = lambda rs, w: np.stack([(w[:, None] * pool[r["case"]]).sum(0) / w.sum() for r in rs])
+        full = some(rows, every[0])
+        mean, std = full.mean(0), full.std(0) + 1e-6
+        for regime in REGIMES:
+            ws = every if regime == "gaps" else every[:1]
+            head = LogisticRegression(C=0.1, max_iter=2000, class_weight="balanced").fit(np.concatenate([(some(rows, w) - mean) / std for w in ws]), np.tile(sick(rows), len(ws)))
+            for w, n in zip(every, names):
+                p = head.predict_proba((some(test, w) - mean) / std)
+                cells[regime] += [dict(arm=name, budget=plan.probe_labels, seed=seed, case=r["case"], subject=r["subject"], subset=n, n=int(w.sum()), target=int(t), prob=q.tolist()) for r, t, q in zip(test, sick(test), p)]
+    for regime, v in cells.items():
+        write_jsonl(out / f"probe_{regime}_s{seed}" / "subsets.jsonl", v)
+    print(f"probe seed {seed}: {time.process_time() - begin:.0f} CPU s", flush=True)
+
+
+# what is claimed, as pairs of arms
+FORMS = dict(segment="segment", classify="classify", probe="classify")
+PAIRS = (("brainmvp", "mae"), ("brainmvp", "pcrlv2"), ("brainmvp", "rec"), ("cmr_md", "cmr"), ("brainmvp", "cmr_md"), ("taco", "rec"), ("taco", "mae"), ("taco", "brainmvp"), ("taco", "pcrlv2"))
+TWIN = {a: "scratch01" if ARMS[a][0] == "brainmvp" else "scratch" for a in ARMS}  # of the same input: BrainMVP's is in [0, 1], the others' is z-scored
+
+
+def gather(out, kind, regime, seeds):
+    "Rows of the finished seeds; twins under the name of their input."
+    rows, done = [], []
+    for s in seeds:
+        d = out / f"{kind}_{regime}_s{s}"
+        if not (d / "subsets.jsonl").is_file():
+            continue
+        done.append(s)
+        for r in read_jsonl(d / "subsets.jsonl"):
+            rows.append(dict(r, arm="scratch01" if r["arm"].startswith("scratch-") else r["arm"]))
+    return rows, done
+
+
+def report(plan, out, results):
+    "results/heads_missing.{json,md,png} and results/brainmvp_ablation.{json,md} from what is finished."
+    from types import SimpleNamespace
+
+    from matplotlib.figure import Figure
+
+    from medssl_nb.eval.missing import decision_lines, outline_lines, subset_md, subset_tables
+    from medssl_nb.plot.volume import png
+
+    arms = {a: SimpleNamespace(twin=a) for a in ("scratch", "scratch01")} | {a: SimpleNamespace(twin=TWIN[a]) for a in ARMS}
+    span = lambda v: "" if v is None else f"{v[0]:+.3f}" + ("" if v[1] is None else f" [{v[1]:+.3f}, {v[2]:+.3f}]")
+    facts, text, pictures = dict(plan=vars(plan), parts={}), [], []
+    names = dict(segment="outline of the lesion", classify="lesion or none, fine-tuned", probe="lesion or none, frozen encoder, late fusion")
+    for kind, form in FORMS.items():
+        lines_of = outline_lines if form == "segment" else decision_lines
+        for regime in REGIMES:
+            rows, done = gather(out, kind, regime, plan.seeds)
+            if not rows:
+                continue
+            tables = subset_tables(rows, arms, form)
+            mine = {a: [r for r in rows if r["arm"] == a] for a in arms}
+            pairs = []
+            for a, b in (*PAIRS, ("scratch01", "scratch")):
+                if mine[a] and mine[b]:
+                    at = {l["n"]: l for l in lines_of(mine[a], mine[b])}
+                    top = max(n for n in at if n != "fewer")
+                    pairs.append(dict(a=a, b=b, full=at[top]["diff"], fewer=at["fewer"]["diff"], drop=at["fewer"]["drop_diff"]))
+            say = "dice" if kind == "segment" else "prob"
+            compact = {}
+            for r in rows:
+                compact.setdefault(r["arm"], {}).setdefault(str(r["seed"]), {}).setdefault(r["subset"], []).append(round(r[say] if kind == "segment" else r[say][1], 3))
+            truth = [r["target"] for r in rows if r["arm"] == "scratch" and r["seed"] == done[0] and r["n"] == len(plan.sequences)] if form == "classify" else None
+            facts["parts"][f"{kind}_{regime}"] = dict(seeds=done, tables=tables, pairs=pairs, scores=compact, truth=truth)
+            shown = "sequences taken away in training" if regime == "gaps" else "never shown a gap"
+            text += [f"## {names[kind]}, {shown}: {len(done)} seeds", "", subset_md(tables, form), "| pair | with all sequences [95 %] | with fewer [95 %] | drops [95 %] |", "|---|---|---|---|"]
+            text += [f"| {p['a']} − {p['b']} | {span(p['full'])} | {span(p['fewer'])} | {span(p['drop'])} |" for p in pairs] + [""]
+            pictures.append((tables["count"], form, f"{names[kind]}, {shown}"))
+    # does training with gaps pay?
+    gain = []
+    for kind, form in FORMS.items():
+        a, b = (gather(out, kind, r, plan.seeds)[0] for r in ("gaps", "whole"))
+        for arm in arms:
+            x, y = ([r for r in v if r["arm"] == arm] for v in (a, b))
+            if x and y:
+                at = {l["n"]: l for l in (outline_lines if form == "segment" else decision_lines)(x, y)}
+                gain.append(dict(kind=kind, arm=arm, full=at[max(n for n in at if n != "fewer")]["diff"], fewer=at["fewer"]["diff"], drop=at["fewer"]["drop_diff"]))
+    facts["gain_of_gaps"] = gain
+    text += ["## Does it pay to take sequences away in training?", "", "Differences: shown gaps − never shown one.", "", "| | arm | with all [95 %] | with fewer [95 %] | drops [95 %] |", "|---|---|---|---|---|"]
+    text += [f"| {names[g['kind']]} | {g['arm']} | {span(g['full'])} | {span(g['fewer'])} | {span(g['drop'])} |" for g in gain]
+    facts["pretraining"] = {}
+    for name in ARMS:
+        for s in plan.seeds:
+            h = out / "runs" / f"{name}_s{s}" / "history.jsonl"
+            if h.is_file():
+                rows = read_jsonl(h)
+                terms = [k for k in rows[-1] if k not in ("step", "lr", "grad_norm", "volumes_per_s", "wait")]
+                facts["pretraining"][f"{name}_s{s}"] = dict(steps=len(rows), first={k: round(rows[0][k], 4) for k in terms if k in rows[0]}, last={k: round(sum(r[k] for r in rows[-5:]) / 5, 4) for k in terms})
+    results.mkdir(exist_ok=True)
+    write_json(results / "heads_missing.json", facts)
+    note = results / "heads_missing.verdict.txt"
+    (results / "heads_missing.md").write_text("\n".join([(note.read_text() if note.exists() else ""), "![score and drop](heads_missing.png)", "", *text]) + "\n")
+    fig = Figure(figsize=(11, 2.9 * len(pictures)), dpi=70)
+    for sub, (count, kind, title) in zip(fig.subfigures(len(pictures), 1, squeeze=False)[:, 0], pictures):
+        draw(sub, [l for l in count], kind, title)
+    (results / "heads_missing.png").write_bytes(png(fig, dpi=70))
+    ablation(facts, results)
+    print(results / "heads_missing.md")
+
+
+def draw(fig, count, kind, title):
+    "As `show_missing`, into a part of a figure."
+    import numpy as np
+
+    axes = fig.subplots(1, 2)
+    arms = list(dict.fromkeys(l["arm"] for l in count))
+    for ax, key, label in zip(axes, ("score", "drop"), (dict(segment="Dice", classify="AUC")[kind], "drop from all")):
+        for i, arm in enumerate(arms):
+            ls = [l for l in count if l["arm"] == arm and l["n"] != "fewer" and l.get(key)]
+            x = np.array([l["n"] for l in ls]) + (i - (len(arms) - 1) / 2) * 0.07
+            ax.plot(x, [l[key][0] for l in ls], marker="o", ms=3, lw=1, color=f"C{i}", label=arm, ls="--" if arm.startswith("scratch") else "-")
+            for a, l in zip(x, ls):
+                if l[key][1] is not None:
+                    ax.plot([a, a], l[key][1:3], "-", lw=0.7, color=f"C{i}", alpha=0.4)
+        ax.set_xticks(range(1, 5))
+        ax.invert_xaxis()
+        ax.set(xlabel="sequences present", ylabel=label)
+        if kind == "segment":
+            ax.set_ylim(*((0, 0.9) if key == "score" else (-0.8, 0.1)))
+    axes[1].legend(fontsize=6, frameon=False, ncols=2)
+    axes[0].set_title(title, fontsize=9, loc="left")
+
+
+def ablation(facts, results):
+    "Scratch, + CMR, + MD, + CL: the paper's table at our scale."
+    order = ("scratch01", "cmr", "cmr_md", "brainmvp")
+    out, text = {}, []
+    span = lambda v: f"{v[0]:.3f}" + ("" if v[1] is None else f" [{v[1]:.3f}, {v[2]:.3f}]")
+    for kind, what in (("segment", "Dice"), ("probe", "AUC of the probe")):
+        part = facts["parts"].get(f"{kind}_gaps")
+        if not part:
+            continue
+        for n in (len(facts["plan"]["sequences"]), "fewer"):
+            ls = {l["arm"]: l for l in part["tables"]["count"] if l["n"] == n}
+            out[f"{what}, {n} sequences"] = {a: dict(score=ls[a]["score"], to_scratch=ls[a].get("diff")) for a in order if a in ls}
+            means = [ls[a]["score"][0] for a in order if a in ls]
+            text.append(f"| {what}, {'all sequences' if n != 'fewer' else 'fewer'} | " + " | ".join(span(ls[a]["score"]) if a in ls else "" for a in order) + f" | {'yes' if means == sorted(means) else 'no'} |")
+    if not out:
+        return
+    write_json(results / "brainmvp_ablation.json", dict(plan=facts["plan"], seeds=facts["parts"]["segment_gaps"]["seeds"], table=out))
+    note = results / "brainmvp_ablation.verdict.txt"
+    head = ["| measure | none | + CMR | + CMR + MD | + CMR + MD + CL | the paper's ordering |", "|---|---|---|---|---|---|"]
+    (results / "brainmvp_ablation.md").write_text("\n".join([note.read_text() if note.exists() else "", *head, *text]) + "\n")
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--plan", type=Path, default=HERE / "heads_missing.yaml")
+    ap.add_argument("--out", type=Path, required=True)
+    ap.add_argument("--seeds", type=int, nargs="*", default=None)
+    ap.add_argument("--kinds", nargs="*", default=("segment", "classify", "probe"))
+    ap.add_argument("--regimes", nargs="*", default=tuple(REGIMES))
+    ap.add_argument("--stage", choices=("data", "pretrain", "finetune", "report", "all"), default="all")
+    a = ap.parse_args()
+    torch.set_num_threads(1)
+    plan = load_yaml(Plan(), a.plan)
+    seeds = plan.seeds if a.seeds is None else a.seeds
+    data(plan, a.out)
+    for s in seeds:
+        if a.stage in ("pretrain", "all"):
+            for name in ARMS:
+                pretrain_arm(plan, a.out, name, s)
+        if a.stage in ("finetune", "all"):
+            for kind in a.kinds:
+                if kind == "probe":
+                    late_probe(plan, a.out, s)
+                    continue
+                for regime in a.regimes:
+                    finetune_regime(plan, a.out, kind, regime, s)
+    if a.stage in ("report", "all"):
+        report(plan, a.out, HERE.parent / "results")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,347 @@
+"""The journey of a model through several data sets: reports, radiographs and volumes by one command; killed and continued; by two processes; from site to site; and what a packet refuses.
+
+Two processes are compared with one on a task that draws nothing, in which a case counts the same wherever it is computed; what is left between them is the order of sums.
+"""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_cli import medssl, refused
+
+HERE = Path(__file__).parent
+WORDS = "no effusion seen the heart is large lungs are clear small nodule left right lower lobe fracture of rib unchanged since last film catheter in place".split()
+
+
+def prepared(root):
+    "Reports, 2-D and 3-D cases in the store's own form; a third of each is for testing."
+    from medssl_nb.core import write_jsonl
+    from medssl_nb.data.cases import write_case, write_index
+
+    split = lambda i: "test" if i % 3 == 0 else "train"
+    for kind, dims, n in (("xr", 2, 24), ("he", 2, 24), ("ct", 3, 15)):
+        for i in range(n):
+            rng = np.random.default_rng(i)
+            y, x = np.mgrid[:32, :32]
+            wave = 0.5 + 0.4 * np.sin((x if i % 2 else y) * (0.4 if kind == "xr" else 1.1) + rng.random() * 6)
+            im = np.clip(wave + 0.05 * rng.standard_normal((32, 32)), 0, 1)
+            image = im[None, None] if dims == 2 else np.stack([im[:16, :16]] * 16)[None]
+            row = dict(case=f"{kind}-{i:02}", subject=f"{kind}-s{i:02}", session="", group="", split=split(i), dims=dims, channels=[kind], spacing=[1.0, 1.0, 1.0], labels={"class": "ab"[i % 2]}, fingerprint=str(i))
+            seg = (image > 0.6).astype(np.uint8) if kind == "xr" else None
+            write_case(root / kind, row, image, seg, info=dict(intensity={kind: dict(rule="unit")}))
+        write_index(root / kind)
+    (root / "report" / "volumes").mkdir(parents=True)
+    write_index(root / "report")
+    rng = np.random.default_rng(0)
+    rows = [dict(case=f"r-{i:02}", subject=f"r-s{i:02}", text=" ".join(rng.choice(WORDS, 12)) + ".", labels={"class": "ab"[i % 2]}, split=split(i)) for i in range(24)]
+    write_jsonl(root / "report" / "reports.jsonl", rows)
+    return root
+
+
+TASK = dict(region2d=[32, 32], region3d=[16, 16, 16], patch2d=8, patch3d=8, width=32, depth=2, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2, vocab=200, text_length=24)
+LOOP = dict(batch=4, workers=0, bar=False, tensorboard=False, device="cpu", lr=2e-3, save_every=4)
+
+
+def plan(root, out, stages=("report", "xr", "ct"), strategy="medcoss", settings=None, task=TASK, method="mim", preset="small_unified", name="plan.yaml", **k):
+    import yaml
+
+    settings = dict(share=0.25, centres=0.1) if settings is None else settings
+    text = dict(method=method, preset=preset, strategy=strategy, settings=settings, task=task, steps=8, train=LOOP, out=str(out), score=dict(refit_steps=3, cases=8, neighbours=3))
+    text["stages"] = [dict(name=s, data=str(root / s), target="class") if isinstance(s, str) else s for s in stages]
+    text = {n: v for n, v in {**text, **k}.items() if v is not None}
+    (root / name).write_text(yaml.safe_dump(text, sort_keys=False))
+    return root / name
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return prepared(tmp_path_factory.mktemp("continual"))
+
+
+@pytest.fixture(scope="module")
+def journey(root):
+    score = dict(scores=["own", "refit", "linear", "knn", "cka", "segment"], refit_steps=3, cases=8, neighbours=3, labels=4, segment_steps=2)
+    code, out, err = medssl("continual", "run", plan(root, root / "three", score=score))
+    assert code == 0, err
+    assert out.strip().splitlines()[-1] == str(root / "three")
+    return root / "three"
+
+
+def model(packet):
+    return json.loads((packet / "packet.json").read_text())["files"]["model/model.safetensors"]["sha256"]
+
+
+def test_three_families_in_one_network(journey):
+    import torch
+
+    from medssl_nb.core import read_json, read_jsonl
+    from medssl_nb.packet import Packet
+    from medssl_nb.train.checkpoint import load_encoder
+
+    a, b, c = (Packet(journey / "packets" / p) for p in ("01_report", "02_xr", "03_ct"))
+    assert [s["kind"] for s in c.stages] == ["text", "2d", "3d"] and c.facts["patient_data"]
+    # a quarter of 16, 16, 10, in so many clusters as a tenth makes: as many as each cluster gives
+    assert set(c.replay()) == {"report", "xr", "ct"} and all(2 <= p["cases"] <= 4 and p["kind"] == "real" for p in c.facts["replay"].values())
+    words = [p.model()["encoder.words"] for p in (a, b, c)]
+    assert words[0].any() and all(torch.equal(w, words[0]) for w in words)
+    # a word table that no image reaches is not moved by it, decay and momentum included; nor is the tokenizer of another family
+    first, last = a.model(), b.model()
+    rows = read_jsonl(journey / "stages" / "02_xr" / "history.jsonl")
+    assert [r["old"] for r in rows].count(0) == 8 and {"mim", "fd"} <= {k for r in rows for k in r}
+    assert all(torch.equal(first[k], last[k]) for k in first if k.startswith("encoder.tokenizers.3d"))
+    assert any(not torch.equal(first[k], last[k]) for k in first if k.startswith("encoder.tokenizers.text")), "old reports were not looked at"
+    R = read_jsonl(journey / "rows.jsonl")
+    assert {(r["after"], r["stage"]) for r in R if r["score"] == "own"} == {(i, j) for i in (1, 2, 3) for j in (1, 2, 3) if j <= i}
+    assert {(r["after"], r["stage"]) for r in R if r["score"] == "linear"} == {(i, j) for i in range(4) for j in (1, 2, 3)}
+    assert {(r["after"], r["stage"]) for r in R if r["score"] == "segment"} == {(i, 2) for i in (1, 2, 3)}  # where there are labels to segment
+    assert all(r["held_out"] for r in R)
+    assert "forgetting" in {r["measure"] for r in read_json(journey / "result.json")["table"]} and "## refit" in (journey / "result.md").read_text()
+    cost = read_json(journey / "stages" / "03_ct" / "cost.json")
+    assert cost["new_steps"] == 8 and cost["old_steps"] >= 2 and cost["bytes"]["replay"] > 0 and cost["extra_passes"]["teacher"] == cost["old_steps"]
+    enc, card = load_encoder(journey / "stages" / "03_ct")
+    assert card["method"] == "mim+medcoss" and card["stages"] == ["report", "xr", "ct"]
+    assert all(torch.equal(v, c.model()[f"encoder.{k}"]) for k, v in enc.state_dict().items())
+
+
+def test_stage_by_stage_at_three_sites_is_the_same(journey, root):
+    "Each site has a packet and its own data; planned stages are known from the packet."
+    from medssl_nb.core import read_jsonl, write_jsonl
+
+    a, b = journey / "packets" / "01_report", root / "site" / "b"
+    rows = [r for r in read_jsonl(root / "xr" / "index.jsonl")]
+    write_jsonl(root / "xr" / "site.jsonl", rows)  # a file of rows instead of the folder
+    code, out, err = medssl("continual", "stage", "--from", a, "--data", root / "xr" / "site.jsonl", "--name", "xr", "--to", b)
+    assert code == 0, err
+    assert "PATIENT DATA" in out and model(b) == model(journey / "packets" / "02_xr")
+    code, out, err = medssl("continual", "verify", b)
+    assert code == 0 and "THIS PACKET HOLDS PATIENT DATA" in out and "xr" in out
+    refused("continual", "stage", "--from", b, "--data", root / "xr", "--name", "xr", "--to", root / "x", says="'xr' was already learnt")
+    refused("continual", "stage", "--from", b, "--data", root / "ct", "--name", "ct", "--to", root / "x", "--task.width", "64", "--task.heads", "2", says=["holds another network", "width is 32 there and 64 here"])
+
+
+def test_a_packet_that_was_touched_is_refused(journey, root):
+    source = journey / "packets" / "02_xr"
+
+    def verify(spoil):
+        bad = root / "bad"
+        shutil.rmtree(bad, ignore_errors=True)
+        shutil.copytree(source, bad)
+        spoil(bad)
+        code, out, err = medssl("continual", "verify", bad)
+        with_it, _, said = medssl("continual", "stage", "--from", bad, "--data", root / "ct", "--to", root / "never")
+        assert code == 1 and with_it == 2 and not (root / "never").exists(), (code, with_it, err)
+        assert "Traceback" not in err + said
+        return out
+
+    def flip(name):
+        def do(d):
+            b = bytearray((d / name).read_bytes())
+            b[len(b) // 3] ^= 4
+            (d / name).write_bytes(b)
+
+        return do
+
+    volume = sorted((source / "replay" / "xr" / "volumes").glob("*.b2nd"))[0].relative_to(source)
+    assert "holds other bytes" in verify(flip(volume)) and "holds other bytes" in verify(flip("model/model.safetensors"))
+    assert "REFUSED" in verify(lambda d: (d / "packet.json").write_text((d / "packet.json").read_text().replace('"patient_data": true', '"patient_data": false')))
+    assert "is not listed" in verify(lambda d: (d / "replay" / "more.pt").write_bytes(b"x"))
+
+    def link(d):
+        (d / "README.md").unlink()
+        os.symlink(source / "README.md", d / "README.md")
+
+    assert "is a link" in verify(link)
+
+
+def test_bad_plans_are_one_sentence(root):
+    run = lambda says, **k: refused("continual", "run", plan(root, root / "bad_plan", name="bad.yaml", **k), says=says)
+    run("no packet at", start=str(root / "nowhere"))
+    run("has no data", stages=[dict(name="ct")])
+    run("is 3d, and", stages=[dict(name="ct", data=str(root / "xr"), kind="3d")])
+    run("no case to learn from", stages=[dict(name="ct", data=str(root / "ct"), leave_out=["train", "test"])])
+    run("did you mean 'medcoss'?", strategy="medcos", settings={})
+    run("did you mean 'ewc'", strategy="ewcc", settings={})
+    run("share is 2", settings=dict(share=2.0))
+    run("MAE does not read reports", stages=["report"], method="mae", preset="small2d", task={})
+    run("named twice", stages=["xr", "xr"])
+    rows = (root / "report" / "reports.jsonl").read_text().splitlines()
+    empty = root / "empty"
+    shutil.copytree(root / "report", empty)
+    (empty / "reports.jsonl").write_text("\n".join(rows[:3] + [json.dumps({**json.loads(rows[4]), "text": "  "})]) + "\n")
+    run("have no words", stages=[dict(name="report", data=str(empty))])
+    refused("continual", "rn", "x", says="did you mean 'run'?")
+    refused("continual", "run", root / "nowhere.yaml", says="no settings file")
+    refused("continual", "verify", root / "xr", says="has no packet.json")
+    refused("continual", "stage", "--data", root / "xr", says="--to packets/NEXT")
+
+
+def nursery(root, kills):
+    "Fork, run the plan, die some time into the second stage; again, until it is through."
+    import torch
+
+    import lightning.fabric  # noqa: F401
+    from medssl_nb.continual import plan_settings, run
+    from medssl_nb.config import cli
+
+    torch.set_num_threads(1)
+    root, deaths = Path(root), []
+    cfg = cli(*plan_settings(["--config", str(root / "killed.yaml")]))
+    history = Path(cfg.out) / "stages" / "02_ct" / "history.jsonl"
+    while True:
+        pid = os.fork()
+        if not pid:
+            try:
+                sys.stdout = open(os.devnull, "w")
+                run(cfg)
+                os._exit(0)
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+                os._exit(1)
+        dead = (0, 0)
+        want = 3 + 2 * len(deaths)
+        while len(deaths) < kills and dead[0] == 0:
+            if history.exists() and history.read_text().count("\n") >= want or (len(deaths) == kills - 1 and (Path(cfg.out) / "stages" / "02_ct" / "encoder").exists()):
+                os.kill(pid, signal.SIGKILL)
+                deaths.append(want)
+            time.sleep(0.002)
+            dead = os.waitpid(pid, os.WNOHANG)
+        if dead[0] == 0:
+            dead = os.waitpid(pid, 0)
+        if dead[1] == 0:
+            break
+        assert os.WIFSIGNALED(dead[1]), f"ended with {dead[1]}"
+    print(json.dumps(deaths))
+
+
+def test_killed_in_the_second_stage_equals_unbroken(root):
+    for name in ("unbroken", "killed"):
+        plan(root, root / name, stages=("xr", "ct"), name=f"{name}.yaml", score=dict(scores=[]))
+    code, out, err = medssl("continual", "run", root / "unbroken.yaml")
+    assert code == 0, err
+    out = subprocess.run([sys.executable, __file__, "nursery", str(root), "3"], capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert out.returncode == 0, out.stderr[-3000:]
+    assert len(json.loads(out.stdout.strip().splitlines()[-1])) == 3
+    a, b = (json.loads((root / n / "packets" / "02_ct" / "packet.json").read_text()) for n in ("unbroken", "killed"))
+    assert a["files"] == b["files"]  # weights, decoders, buffers, words: every byte
+    row = lambda n: [{k: v for k, v in json.loads(r).items() if k not in ("volumes_per_s", "wait")} for r in open(root / n / "stages" / "02_ct" / "history.jsonl")]
+    assert row("unbroken") == row("killed")
+
+
+@dataclass
+class PlainConfig:
+    "A task that draws nothing."
+
+    region: tuple[int, ...] = (32, 32)
+
+
+def make_plain():
+    "Registered under a name, as any method is."
+    import torch
+    from torch import nn
+
+    from medssl_nb.tasks import registry
+    from medssl_nb.tasks.base import Task
+    from medssl_nb.tasks.mae import pooled
+
+    class Net(nn.Module):
+        dims, in_channels, widths, strides = 2, 1, (4, 8), (1, 4)
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 8, 4, stride=4)
+
+        def forward(self, x):
+            y = self.a(x).relu()
+            return [y, self.b(y)]
+
+        def spec(self):
+            return dict(net="plain_test")
+
+    class Plain(Task):
+        method = "plain_test"
+
+        def __init__(self, cfg=PlainConfig()):
+            super().__init__()
+            self.cfg, self.region, self.channels = cfg, tuple(cfg.region), None
+            self.encoder, self.decoder = Net(), nn.ConvTranspose2d(8, 1, 4, stride=4)
+
+        def views(self, batch, gen):
+            x = batch["image"]
+            seen = x.clone()
+            seen[:, :, ::2] = 0
+            return dict(target=x, seen=seen)
+
+        def forward(self, v):
+            return dict(pred=self.decoder(self.encoder(v["seen"])[-1]))
+
+        def losses(self, out, v):
+            return dict(recon=(out["pred"] - v["target"]).square().mean())
+
+        def features(self, v):
+            return self.encoder(v["seen"])[-1].flatten(2).transpose(1, 2)
+
+        def readout(self, batch, cls=True):
+            return pooled(self.encoder, batch, 1)
+
+    PlainConfig.small2d = classmethod(lambda cls: cls())
+    module = sys.modules[__name__]
+    module.Plain = Plain
+    registry.METHODS["plain_test"] = (__name__, "Plain", "PlainConfig")
+    return torch
+
+
+TWO = dict(er=dict(share=0.5, ratio=0.4), medcoss=dict(share=0.5, centres=0.2, ratio=0.4, mixup=False), derpp=dict(share=0.5), cassle=dict(hidden=16), ewc=dict(samples=6, lam=1.0), packnet={}, joint={}, fsdp=dict(share=0.5, centres=0.2, ratio=0.4, mixup=False))
+
+
+def two_plans(root, out, batch):
+    "The same two stages for each strategy; the last is MedCoSS with its weights divided among the processes."
+    from medssl_nb.continual import ContinualConfig, ScoreConfig, StageConfig, common, run
+
+    make_plain()
+    for name, settings in TWO.items():
+        base = common("plain_test", "small2d", "medcoss" if name == "fsdp" else name)
+        base["settings"] = replace(base["settings"], **settings)
+        base["train"] = replace(base["train"], **{**LOOP, "batch": batch, "optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "save_every": 0, "strategy": "fsdp" if name == "fsdp" else "ddp"})
+        stages = tuple(StageConfig(s, root / s) for s in ("xr", "he"))
+        run(ContinualConfig(**{**base, "steps": 5, "stages": stages, "out": out / name, "score": ScoreConfig(scores=("own", "cka"), cases=4)}))
+
+
+def test_two_processes_equal_one(root):
+    torch = make_plain()
+    from medssl_nb.core import read_jsonl
+    from medssl_nb.packet import Packet
+
+    out = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, "two", str(root)], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert out.returncode == 0, out.stderr[-4000:]
+    two_plans(root, root / "one_process", 8)
+    for name in TWO:
+        runs = ["joint"] if name == "joint" else ["01_xr", "02_he"]
+        for r in runs:
+            a, b = (read_jsonl(root / w / name / "stages" / r / "history.jsonl") for w in ("one_process", "two_processes"))
+            assert [x.get("old") for x in a] == [x.get("old") for x in b], name
+            assert all(abs(x["loss"] - y["loss"]) < 1e-5 for x, y in zip(a, b, strict=True)), (name, r)
+        a, b = (Packet(root / w / name / "packets" / runs[-1]) for w in ("one_process", "two_processes"))
+        x, y = a.model(), b.model()
+        assert all(torch.allclose(x[k], y[k], atol=1e-5) for k in x), name
+        assert {k: v for k, v in a.facts["replay"].items()} == {k: v for k, v in b.facts["replay"].items()}, name
+        if name != "joint":
+            start = Packet(root / "one_process" / name / "packets" / "01_xr").model()
+            assert any((x[k] - start[k]).abs().max() > 1e-3 for k in x), "nothing was learnt: the comparison says nothing"
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE))
+    if sys.argv[1] == "nursery":
+        nursery(sys.argv[2], int(sys.argv[3]))
+    else:
+        sys.modules["test_continual"] = sys.modules["__main__"]
+        two_plans(Path(sys.argv[2]), Path(sys.argv[2]) / "two_processes", 4)
