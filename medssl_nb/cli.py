@@ -21,6 +21,9 @@ COMMANDS = dict(
     pretrain=('medssl_nb.pretrain',      'PretrainConfig', 'pretrain',      'data', 'prepared volumes -> a pre-trained encoder'),
     finetune=('medssl_nb.eval.missing',  'FinetuneConfig', 'finetune',      'data', 'an encoder against its scratch twin, with few labels, seeds and intervals'),
     probe   =('medssl_nb.eval.transfer', 'ProbeConfig',    'probe',         'data', 'a frozen encoder, judged by a linear head'),
+    statistics=('medssl_nb.invert',      'StatisticsConfig', 'statistics',  'model', 'a finished run and its images -> what an inversion needs'),
+    invert  =('medssl_nb.invert',        'InvertCommand',  'invert_command', 'model', 'a model and its statistics -> images instead of patients'),
+    render  =('medssl_nb.invert',        'RenderConfig',   'render',        'source', 'a stored generator and its codes -> their images'),
     continual=('medssl_nb.continual', None,            None,            '',     'stage after stage, or one stage at each site: run | stage | verify'),
     export  =('medssl_nb.export',        'ExportConfig',   'export',        'encoder', 'an encoder -> MONAI, nnU-Net, or a verified copy'),
     audit   =('medssl_nb.audit',         'AuditConfig',    'audit',         'packet', 'a pool of invented volumes against the patients it came from: copies, membership, a verdict'),
@@ -47,7 +50,7 @@ def usage()->str:
 def usage_of(name:str)->str:
     "The page of a command of two words."
     w = max(map(len, WORDS[name]))
-    return '\n'.join([f'usage: medssl {name} WORD [--config file.yaml] [--setting value ...]', '', *(f'  {n:<{w}}  {c[5]}' for n,c in WORDS[name].items()), '', f'medssl {name} WORD --help lists the settings of one of them.'])
+    return '\n'.join([f'usage: medssl {name} WORD [--config file.yaml] [--setting value ...]', '', *(f'  {n:<{w}}  {c[5]}' for n,c in WORDS[name].items()), '', f'medssl {name} WORD --help lists the settings of one of them. -o is short for --out.'])
 
 # %% ../nbs/90_cli.ipynb #4e4ef868
 def expand(

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['T', 'PretrainConfig', 'mim_defaults', 'train_defaults', 'fit_warmup', 'settings', 'fingerprint', 'choose_cases',
-           'pretrain', 'input_of', 'normalisation']
+           'pretrain', 'leave_statistics', 'input_of', 'normalisation']
 
 # %% ../nbs/59_pretrain.ipynb #50d84343
 import hashlib
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
@@ -18,6 +19,7 @@ import torch
 from .config import read_yaml
 from .core import UserError, choose, seed_of
 from .data.cases import Cases, Prepared
+from .losses.statistics import Running, calibrate, save_statistics
 from .tasks.supervised import card_norm
 from .tasks.registry import METHODS, PRESETS, load_task, task_config
 from .train.checkpoint import latest
@@ -39,6 +41,7 @@ class PretrainConfig(Generic[T]):
     group:tuple[str,...]|None=None     # only cases of these groups
     leave_out:tuple[str,...]=('test',) # splits that must not be seen
     resume:Literal['auto','must','force','never']='auto'  # force: continue although settings differ
+    statistics:Literal['none','calibrate','running']='none'  # what an inversion needs, left in RUN/statistics: by one pass after the last step, or as running averages of its end
     train:TrainConfig=field(default_factory=TrainConfig)  # the loop
 
 def mim_defaults(preset:str)->TrainConfig:
@@ -147,10 +150,18 @@ def pretrain(
     if was is not None and cfg.resume != 'never':
         done = int(was.name.removeprefix('step_'))
         print(f'{Path(cfg.out).name} has all its {done} steps: nothing is trained, the encoder is written again' if done == cfg.train.steps else f'{Path(cfg.out).name} continues from step {done}')
-    history = train(task, cases, cfg.train, cfg.out, method=cfg.method, card=card, resume=cfg.resume, config=cfg)
+    with Running(task, after=min(1 - 10/300, 1 - 1.5/cfg.train.steps)) if cfg.statistics == 'running' else nullcontext() as running: history = train(task, cases, cfg.train, cfg.out, method=cfg.method, card=card, resume=cfg.resume, config=cfg)
     lead = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     if hasattr(task, 'export') and lead and len(history) == cfg.train.steps: task.export(Path(cfg.out), rows)
+    if cfg.statistics != 'none' and len(history) == cfg.train.steps: leave_statistics(task, cases, Path(cfg.out), cfg.train, running, lead)
     return dict(out=Path(cfg.out), history=history, task=task)
+
+def leave_statistics(task, cases, run:Path, how:TrainConfig, running=None, lead:bool=True):
+    "What an inversion will need, in the run; every process takes part."
+    if how.strategy == 'fsdp' and how.devices*how.nodes > 1: raise UserError('statistics of divided weights', 'ddp, or a single process', f'the run is finished; record them afterwards: medssl statistics {run.name} --data PREPARED')
+    if running is not None and not running.k: print('no step was trained, so there are no running averages: statistics of a calibration pass instead'); running = None
+    stats = calibrate(task, cases, seed=how.seed, workers=how.workers, running=running, stage=run.name)
+    if lead: print(f'statistics of {len(stats.sites)} sites from {stats.info["cases"]} cases of {stats.info["subjects"]} subjects in {save_statistics(stats, run/"statistics"/run.name).parent}')
 
 def input_of(task)->str|None:
     "The input normalisation, as the settings say it, or the task where there is no choice: without it nobody could fine-tune the encoder."
