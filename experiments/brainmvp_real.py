@@ -127,7 +127,7 @@ def run(a):
             acc[tuple(slice(l, l + s) for l, s in zip(lo, x.shape))] += x / len(have)
         mean[n] = acc
     slow = lambda x: torch.nn.functional.avg_pool3d(x[None, None], 4)[0, 0].flatten()
-    like = {n: round(float(np.corrcoef(slow(t), slow(mean[n]))[0, 1]), 3) for n, t in zip(names, T)}
+    like = {n: round(float(np.corrcoef(slow(t), slow(mean[n]))[0, 1]), 3) if slow(t).std() > 0 else None for n, t in zip(names, T)}  # a template that was never drawn is still black
     out = dict(preset=c.preset, mm=a.mm, cases=count, steps=len(history), batch=t.batch, encoder=sum(p.numel() for p in task.encoder.parameters()), atlas=list(T.shape[1:]), sequences=list(names), first_and_last_five=ends,
                template_range={n: [round(float(t.min()), 4), round(float(t.max()), 4)] for n, t in zip(names, T)}, template_like_mean_image=like, history=[{k: round(h[k], 5) for k in ("step", "loss", *terms)} for h in history[:: max(1, len(history) // 200)]])
     if not a.full:

@@ -108,6 +108,7 @@ def outline_lines(
             pick = lambda v: [r for r in v if r[what] is not None]
             if not pick(rs): continue
             x,seeds,people = grid_of(pick(rs), what); i = crossed_interval(x); line[key] = [i['mean'], i['low'], i['high']]
+            if key == 'score' and i['low'] is not None: line[key][1:] = [max(i['low'], 0.), min(i['high'], 1.)]   # no measure leaves its range
             if key == 'score': line.update(seeds=len(seeds), people=len(people), how=i['how'])
             if not other: continue
             both = {r['seed'] for r in rs} & {r['seed'] for r in other[n]}; at = lambda v: grid_of([r for r in pick(v) if r['seed'] in both], what)[0]
