@@ -30,7 +30,7 @@ from scipy.spatial import cKDTree
 
 from medssl_nb.data.cases import Manifest, Prepared
 from medssl_nb.data.ingest import IngestConfig, ingest
-from medssl_nb.data.phantom import TISSUES, brain_parts, grid_points, head_case, save_nifti
+from medssl_nb.data.phantom import TISSUES, brain_parts, head_case, save_nifti
 from medssl_nb.data.prepare import PrepareConfig, prepare, prepared_grid
 from medssl_nb.pretrain import pretrain, settings
 from medssl_nb.tasks.taco import TACO, TACOConfig, match_points

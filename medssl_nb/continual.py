@@ -29,13 +29,13 @@ from .data.stages import Beside, Mixed, TextCases, choose_rows, part, report_row
 from .data.stages import Joint as JointCases
 from .data.text import train_tokenizer
 from .eval.forgetting import knn_accuracy, linear_cka, measures_md, pretext_scores, ridge_probe, summarise_runs
-from .packet import Packet, hand_over, own_tensors, provenance, write_packet
+from .packet import Packet, hand_over, provenance, write_packet
 from .pretrain import fingerprint, normalisation
 from .strategies import ContinualTask, load_strategy, strategy_config
 from .tasks.base import belongs, to_device
 from .tasks.registry import METHODS, load_task, task_config
 from .tasks.supervised import card_norm
-from .train.checkpoint import atomic_dir, latest, load_checkpoint, read_tensors
+from .train.checkpoint import atomic_dir, load_checkpoint, read_tensors
 from .train.trainer import TrainConfig, check_config, differing, make_fabric, peak_rate, train
 
 # %% ../nbs/71_continual.ipynb #f173c936

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +26,7 @@ from .config import from_dict, to_dict
 from .core import UserError, choose, disk_errors, generator, read_json, size_text, write_json, write_jsonl
 from .data.cases import Cases, Prepared, write_case, write_index
 from .data.stages import write_provenance
-from .losses.prior import Pool, repulsion, slots_at, total_variation, vendi2, vendi2_of
+from .losses.prior import Pool, slots_at, total_variation, vendi2, vendi2_of
 from .losses.statistics import Statistics, Watch, calibrate, lent, load_statistics, no_text, readout, save_statistics, statistics_loss
 from .nets.invunet import GENERATORS, build_generator
 from .packet import verify_packet

@@ -11,7 +11,7 @@ __all__ = ['STRATEGIES', 'Strategy', 'SequentialConfig', 'Frozen', 'spare_idle',
 # %% ../nbs/68_strategies.ipynb #4ee75c19
 import copy
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
