@@ -17,6 +17,7 @@ import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
+from fractions import Fraction
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
@@ -318,7 +319,7 @@ def make_buffer(scene:Scene, task, out, device)->tuple:
         if s.cfg.text == 'none': return None,''
         rule = 'kmeans'                                                       # reports cannot be inverted: MedCoSS's rule
     n,percent = len(data.train),round(100*s.share, 9); said = ''
-    if part(n, percent) < 1: percent,said = 100/n,f'{s.share:.0%} of {n} cases is less than one: one is kept'
+    if part(n, percent) < 1: percent,said = Fraction(100, n),f'{s.share:.0%} of {n} cases is less than one: one is kept'
     cases = data.cases(task, rule='centre')
     f = readouts(task, cases, min(scene.train.batch, 64), device).numpy() if rule == 'kmeans' else None
     rows,how = choose_rows(n, rule, percent, scene.cfg.train.seed, f, **(dict(centres=min(round(100*s.cfg.centres, 9), percent)) if rule == 'kmeans' else {}))

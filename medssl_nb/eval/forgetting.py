@@ -185,11 +185,11 @@ def bootstrap_measures(
     for r in rows:
         k = seeds.index(r['seed']),r['after'],at[r['stage'], str(r['subject'])]
         V[k] = np.nan_to_num(V[k]) + r['value']; many[k] += 1            # several images of a patient: their mean
-    V = V/np.maximum(many, 1); hot = np.array([[s == j for j in range(1, T+1)] for s,_ in units], float)
+    V = V/np.maximum(many, 1); gap = np.isnan(V).astype(float); V = np.nan_to_num(V); hot = np.array([[s == j for j in range(1, T+1)] for s,_ in units], float)
     def table(s, c):
         w = np.bincount(c, minlength=len(units))[:,None]*hot; n = w.sum(0)
         if (n == 0).any(): raise UserError('a stage without a patient in this draw')
-        return (V[s] @ w)/n                                              # NaN stays NaN: not measured
+        return np.where(gap[s] @ (w > 0) > 0, np.nan, (V[s] @ w)/n)      # not measured stays so, in its own stage alone
     def stat(f):
         def value(s, c):
             with warnings.catch_warnings(): warnings.simplefilter('ignore'); v = np.nanmean(f(table(s, c)))
