@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKET', 'KINDS', 'STILL', 'LEAST', 'own_tensors', 'provenance', 'patient_words', 'audit_words', 'copy_plain',
-           'write_packet', 'people_of', 'seal_packet', 'packet_card', 'verify_packet', 'Packet', 'add_audit',
-           'hand_over']
+           'write_packet', 'people_of', 'seal_packet', 'packet_card', 'verify_packet', 'packet_identity', 'Packet',
+           'add_audit', 'hand_over']
 
 # %% ../nbs/69_packet.ipynb #8ca3e9a3
 import hashlib
@@ -183,6 +183,12 @@ def verify_packet(
     if (found := _audits(path)) != facts.get('audit', {}) or audit_words(real, found)[0] != facts.get('audited', False): raise bad('what it says about its audits is not what they say')
     return facts
 
+def packet_identity(
+    facts:dict,  # `packet.json`
+)->str:
+    "A digest of what was learnt and kept; an audit that comes later does not change it."
+    return _digest(dict(stages=facts['stages'], settings=facts['settings'], files={n: f for n,f in facts['files'].items() if n != 'README.md' and not n.startswith('audit/')}))
+
 class Packet:
     "A verified packet."
     def __init__(self, path):
@@ -201,9 +207,7 @@ class Packet:
         d = self.path/'strategy'
         return {f.stem: read_tensors(f) for f in sorted(d.glob('*.safetensors'))} if d.is_dir() else {}
     @property
-    def identity(self)->str:
-        "A digest of what was learnt and kept; an audit that comes later does not change it."
-        return _digest(dict(stages=self.stages, settings=self.settings, files={n: f for n,f in self.facts['files'].items() if n != 'README.md' and not n.startswith('audit/')}))
+    def identity(self)->str: return packet_identity(self.facts)
     def bytes(self, part:str='')->int: return sum(f['bytes'] for n,f in self.facts['files'].items() if n.startswith(part))
     def __repr__(self): return f'<packet after {", ".join(s["name"] for s in self.stages)}; {self.settings.get("strategy")}, {size_text(self.bytes())}{", PATIENT DATA" if self.facts["patient_data"] else ""}>'
 
