@@ -11,7 +11,7 @@ __all__ = ['FINE', 'SHARP', 'CONTROLS', 'LIMITS', 'NETWORK', 'E', 'CSS', 'orient
            'Bench', 'near_checks', 'checks', 'disguises', 'smuggle', 'control', 'noticed', 'with_status', 'unnoticed',
            'in_words', 'histogram', 'audit_pool', 'check_statistics', 'regions', 'read_regions', 'read_pool',
            'read_site', 'html_table', 'html_histogram', 'audit_page', 'AuditConfig', 'network_views', 'open_pool',
-           'packet_task', 'audit', 'suspects']
+           'images_of', 'packet_task', 'audit', 'suspects']
 
 # %% ../nbs/73_audit.ipynb #d5185832
 import hashlib
@@ -19,6 +19,7 @@ import html
 import itertools
 import math
 import os
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +32,8 @@ from .core import UserError, atomic, choose, generator, read_json, seed_of, writ
 from .data.cases import Prepared
 from .eval.metrics import auc, bootstrap
 from .eval.transfer import trained_norm
-from .packet import verify_packet
+from .invert import render_pool
+from .packet import STILL, add_audit, packet_identity, verify_packet
 from .tasks.registry import load_task, method
 from .tasks.supervised import evaluating, input_norm
 from .train.checkpoint import load_encoder, read_tensors
@@ -678,7 +680,7 @@ def audit_page(r:dict)->str:
         '<h2>How near</h2>', ''.join(html_histogram(n, h) for n,h in r['histograms'].items()), '<h2>Control</h2>', html_table(f'{r["control"]["smuggled"]} training volumes were smuggled into the pool; share that was named', ['disguise', 'named'], [[n, v] for n,v in r['control']['disguises'].items()]),
         '<h2>Statistics</h2>' + html_table('Layer statistics travel only if enough persons are in them', ['stage', 'persons', 'may travel', ''], [[t['name'], t['subjects'], 'yes' if t['ok'] else 'no', t['why']] for t in r['statistics']]) if r['statistics'] else '',
         '<h2>What this does not say</h2><ul>' + ''.join(f'<li>{E(t)}</li>' for t in r['limits']) + '</ul>']
-    return '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>medssl audit</title><style>' + CSS + '</style></head><body><main><h1>What this pool gives away</h1>' + ''.join(parts) + '</main></body></html>\n'
+    return STILL + '<meta name="viewport" content="width=device-width"><title>medssl audit</title><style>' + CSS + '</style></head><body><main><h1>What this pool gives away</h1>' + ''.join(parts) + '</main></body></html>\n'
 
 # %% ../nbs/73_audit.ipynb #8ee7d111
 @dataclass
@@ -698,6 +700,7 @@ class AuditConfig:
     share:float=.1                # of the pool that the control replaces
     seed:int=0
     repeats:int=4                 # masks averaged by the loss attack
+    seal:bool=True                # packet: put the result into it
     allow_few:bool=False          # let statistics of fewer than 100 persons pass
 
 def network_views(task, x, repeats:int=4, seed:int=0)->tuple:
@@ -725,6 +728,11 @@ def open_pool(cfg:AuditConfig)->tuple:
     if said.get('kind') == 'real': raise UserError(f'{path.name} says that its cases are real', 'a pool of inverted volumes', 'copies of patients need no audit: they may only go where patient data may go')
     return folder,stage or str(said.get('stage') or ''),facts
 
+def images_of(folder)->tuple:
+    "As `read_pool`, also of a pool that is a generator and codes."
+    if (folder/'index.jsonl').is_file() or not (folder/'generator').is_dir(): return read_pool(folder)
+    with tempfile.TemporaryDirectory() as t: return read_pool(render_pool(folder, Path(t)/'pool'))
+
 def packet_task(path, facts):
     "The network of a packet, with its weights."
     name = facts['settings']['method']; task = load_task(name, from_dict(method(name)[1], facts['settings']['task'])); have = read_tensors(Path(path)/'model'/'model.safetensors'); own = task.state_dict()
@@ -736,7 +744,7 @@ def audit(
 )->dict:        # out: the page; exit: 1 if there is an alarm, or if nothing could be decided; result
     "A pool, or a packet with one -> a verdict, as JSON and as a page."
     if cfg.packet is None or cfg.against is None: raise UserError('a pool and the data of the site are needed', 'medssl audit PACKET --against PREPARED')
-    folder,stage,facts = open_pool(cfg); pool,channels,spacing,names,digest = read_pool(folder)
+    folder,stage,facts = open_pool(cfg); pool,channels,spacing,names,digest = images_of(folder)
     site = read_site(cfg.against, cfg.held, cfg.leave_out, tuple(pool.shape[2:]), channels, spacing); features,losses = {},{}
     for n,p in cfg.encoders.items():
         enc,card = load_encoder(p)
@@ -745,12 +753,13 @@ def audit(
     if facts is not None:
         task = packet_task(cfg.packet, facts); f,losses['network'] = network_views(task, site.x, cfg.repeats, cfg.seed)
         if f: features['network'] = f
-    travels = [s for s in (facts or {}).get('stages', ()) if any(n.startswith(f'statistics/{s["name"]}.') for n in facts['files'])]
+    travels = [{**s, **s.get('statistics', {})} for s in (facts or {}).get('stages', ()) if any(n.startswith(f'statistics/{s["name"]}.') for n in facts['files'])]
     bench = Bench.of(site, features, cfg.patch, cfg.nearest)
-    r = audit_pool(pool, bench, losses, [read_pool(p)[0] for p in cfg.shadows], check_statistics(travels, allow=cfg.allow_few), cfg.draws, cfg.share, cfg.seed) | dict(format=1, stage=stage, pool_sha256=digest, channels=list(channels), spacing=list(spacing), packet=(facts or {}).get('sha256'))
+    r = audit_pool(pool, bench, losses, [read_pool(p)[0] for p in cfg.shadows], check_statistics(travels, allow=cfg.allow_few), cfg.draws, cfg.share, cfg.seed) | dict(format=1, stage=stage, pool_sha256=digest, channels=list(channels), spacing=list(spacing), packet=facts and packet_identity(facts))
     out = Path(cfg.out); (out/'private').mkdir(parents=True, exist_ok=True); os.chmod(out/'private', 0o700)
     write_json(out/'audit.json', r)
     with atomic(out/'audit.html') as t: t.write_text(audit_page(r), encoding='utf-8')
+    if facts is not None and cfg.seal: add_audit(cfg.packet, stage, r, audit_page(r)); print(f'{Path(cfg.packet).name} now holds this audit; it is sealed anew')
     which = sorted({i for c in r['checks'] for i in c.get('which', ())})
     write_jsonl(out/'private'/'suspects.jsonl', suspects(pool[which], which, names, bench))
     return dict(out=out/'audit.html', exit=int(r['alarm'] or not r['decided']), result=r)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['T', 'S', 'FAMILIES', 'SCORES', 'StageConfig', 'ScoreConfig', 'Common', 'ContinualConfig', 'SiteConfig',
            'train_defaults', 'common', 'word_in', 'plan_settings', 'find_prepared', 'StageData', 'reads', 'region_of',
-           'family_cases', 'fresh_task', 'give_words', 'old_cases', 'mix_cases', 'new_steps', 'stage_train',
-           'shared_settings', 'Scene', 'Team', 'in_order', 'readouts', 'make_buffer', 'finish_stage', 'do_stage',
-           'some', 'case_loss', 'refitter', 'segment_rows', 'score_stage', 'evaluate_stage', 'joint_stage',
+           'family_cases', 'fresh_task', 'give_words', 'draw_pools', 'old_cases', 'mix_cases', 'new_steps',
+           'stage_train', 'shared_settings', 'Scene', 'Team', 'in_order', 'readouts', 'make_buffer', 'finish_stage',
+           'do_stage', 'some', 'case_loss', 'refitter', 'segment_rows', 'score_stage', 'evaluate_stage', 'joint_stage',
            'check_plan', 'run', 'replace_plan', 'write_result', 'site_settings', 'stage', 'VerifyConfig', 'verify']
 
 # %% ../nbs/71_continual.ipynb #74bece3b
@@ -31,6 +31,7 @@ from .data.stages import Joint as JointCases
 from .data.text import train_tokenizer
 from .eval.forgetting import knn_accuracy, linear_cka, measures_md, pretext_scores, ridge_probe, summarise_runs
 from .packet import Packet, hand_over, provenance, write_packet
+from .invert import render_pool
 from .pretrain import fingerprint, normalisation
 from .strategies import ContinualTask, load_strategy, strategy_config
 from .tasks.base import belongs, to_device
@@ -54,7 +55,7 @@ class StageConfig:
     leave_out:tuple[str,...]=('test',)    # splits that must not be trained on; they are scored
     steps:int|None=None           # on new data; None: those of the plan
     target:str|None=None          # class label for the probes; None: no probe on this stage
-    pool:Path|None=None           # invcoss: inverted volumes of this stage, a prepared folder with provenance
+    pool:Path|None=None           # invcoss: a ready pool of inverted volumes, a prepared folder with provenance; None: made when the stage ends
 
 @dataclass
 class ScoreConfig:
@@ -103,7 +104,7 @@ class SiteConfig(Common[T, S]):
     channels:tuple[str,...]|None=None     # modalities to use; None: all
     group:tuple[str,...]|None=None        # only cases of these groups
     leave_out:tuple[str,...]=('test',)    # splits that must not be trained on
-    pool:Path|None=None           # invcoss: inverted volumes of this stage
+    pool:Path|None=None           # invcoss: a ready pool of inverted volumes; None: made when the stage ends
 
 def train_defaults(preset:str)->TrainConfig:
     "How MedCoSS trained; small presets: what a laptop finishes in minutes."
@@ -210,12 +211,19 @@ def give_words(task, data:StageData):
     "The first stage of reports makes the vocabulary; later ones find it with the weights."
     if data.kind == 'text' and hasattr(task, 'set_tokenizer') and not task.encoder.words.any(): task.set_tokenizer(train_tokenizer((r['text'] for r in data.train), task.cfg.vocab))
 
-def old_cases(packet:Packet, task, strategy)->dict:
-    "Old cases of a packet, by stage."
+def draw_pools(packet:Packet, out):
+    "Pools that travel as a generator and codes become images, once, in the run folder."
+    for name,where in packet.replay().items():
+        if (where/'index.jsonl').is_file() or (Path(out)/name/'provenance.json').is_file(): continue
+        shutil.rmtree(Path(out)/name, ignore_errors=True); render_pool(where, Path(out)/name)
+
+def old_cases(packet:Packet, task, strategy, drawn=None)->dict:
+    "Old cases of a packet, by stage; `drawn`: where pools were drawn that travel as codes."
     kinds,out = {s['name']: s for s in packet.stages},{}
     for name,where in packet.replay().items():
-        s,p = kinds[name],Prepared(where)
+        s = kinds[name]
         if s['kind'] == 'text' and getattr(strategy.cfg, 'text', 'real') == 'none': continue
+        p = Prepared(where if drawn is None or (where/'index.jsonl').is_file() else Path(drawn)/name)
         out[name] = family_cases(task, p, s['kind'], report_rows(p) if s['kind'] == 'text' else p.rows, None if s['kind'] == 'text' else tuple(s['channels']), 'centre' if strategy.old == 'beside' else 'random')   # a stored answer is that to the middle of the volume
     return out
 
@@ -243,7 +251,7 @@ def shared_settings(cfg:Common, planned:int)->dict:
 
 class Scene:
     "Task, cases, strategy and numbers of one stage."
-    def __init__(self, cfg:Common, data:StageData, before:Packet|None, planned:int, world:int=1):
+    def __init__(self, cfg:Common, data:StageData, before:Packet|None, planned:int, world:int=1, drawn=None):
         self.cfg,self.data,self.before,self.planned,self.world = cfg,data,before,planned,world
         self.index = len(before.stages) if before else 0
         if before and data.name in [s['name'] for s in before.stages]: raise UserError(f'stage {data.name!r} was already learnt in packet {before.path.name}', 'another name')
@@ -254,7 +262,8 @@ class Scene:
         task = fresh_task(cfg, self.index, data.train, data.stage.channels)
         if before: hand_over(before, task, cfg.reset_decoder)
         give_words(task, data)
-        self.new,self.old = data.cases(task),old_cases(before, task, self.strategy) if before and self.strategy.old in ('step', 'beside') else {}
+        if data.stage.pool is None: self.strategy.admit(task, {**data.facts(), 'last': self.index + 1 >= (planned or 0) > 0})
+        self.new,self.old = data.cases(task),old_cases(before, task, self.strategy, drawn) if before and self.strategy.old in ('step', 'beside') else {}
         self.mix = mix_cases(self.strategy, self.new, self.old, data.name)
         t = cfg.train; self.steps = new_steps(cfg, data.stage, len(self.new), t.batch*t.accum*world)
         self.total = self.mix.steps_for(self.steps, t.batch, t.seed, world, t.accum) if type(self.mix) is Mixed and len(self.mix.sources) > 1 else self.steps
@@ -263,7 +272,7 @@ class Scene:
         self.train = stage_train(cfg, self.total)
     def config(self)->dict:
         "For the comparison on resume: another packet or another plan is another run."
-        return dict(**shared_settings(self.cfg, self.planned), stage=to_dict(replace(self.data.stage, data=None)), before=self.before.facts['sha256'] if self.before else None, world=self.world)
+        return dict(**shared_settings(self.cfg, self.planned), stage=to_dict(replace(self.data.stage, data=None)), before=self.before.identity if self.before else None, world=self.world)
     def card(self)->dict:
         facts = self.data.facts(); inner = self.task.task
         return dict(data={k: facts[k] for k in ('cases', 'subjects', 'channels', 'data')}, preset=self.cfg.preset, strategy=self.cfg.strategy, stages=[*(s['name'] for s in self.before.stages), facts['name']] if self.before else [facts['name']],
@@ -313,7 +322,7 @@ def make_buffer(scene:Scene, task, out, device)->tuple:
     rule = s.chosen
     if rule == 'inverted':
         if data.kind != 'text':
-            if data.stage.pool is None: return None,f'stage {data.name!r} left no pool: nothing of it can be replayed'
+            if data.stage.pool is None: return s.make_pool(task, data.cases(task), {**data.facts(), 'last': scene.index + 1 >= scene.planned > 0}, Path(out).parent, scene.cfg.train)
             if provenance(data.stage.pool)['kind'] != 'inverted': raise UserError(f'the pool of stage {data.name!r} says that its cases are real', 'inverted volumes', 'medcoss replays real cases')
             return Path(data.stage.pool),''
         if s.cfg.text == 'none': return None,''
@@ -337,24 +346,27 @@ def finish_stage(scene:Scene, run, to, device)->Path:
     if s.old == 'beside' and buffer is not None:
         p = Prepared(buffer); rows = report_rows(p) if scene.data.kind == 'text' else p.rows
         kept = s.keep_answers(task, scene.data.name, in_order(family_cases(task, p, scene.data.kind, rows, tuple(scene.data.channels), 'centre'), 16, device))
+    saw = {scene.data.name: files} if (files := sorted((run/'statistics').glob(f'{scene.data.name}.*'))) else {}
     facts = {**scene.data.facts(), 'left_out': list(scene.data.stage.leave_out), 'cost': cost}
-    settings = {**shared_settings(scene.cfg, scene.planned), 'before': scene.before.facts['sha256'] if scene.before else None}
-    write_packet(to, task.cpu(), facts, settings, scene.before, {scene.data.name: buffer} if buffer is not None else {}, kept, card=scene.card())
-    p = Packet(to); write_json(run/'cost.json', {**cost, 'bytes': {k: p.bytes(f'{k}/') for k in ('model', 'decoders', 'replay', 'strategy')}})
+    settings = {**shared_settings(scene.cfg, scene.planned), 'before': scene.before.identity if scene.before else None}
+    write_packet(to, task.cpu(), facts, settings, scene.before, {scene.data.name: buffer} if buffer is not None else {}, kept, saw, card=scene.card())
+    p = Packet(to); write_json(run/'cost.json', {**cost, 'bytes': {k: p.bytes(f'{k}/') for k in ('model', 'decoders', 'replay', 'statistics', 'strategy')}})
     return p
 
 def do_stage(cfg:Common, stage:StageConfig, before:Packet|None, run, to, planned:int, team:Team)->Packet:
     "One stage: train, keep, hand over. A stage whose packet is there is done."
     to = Path(to)
     if (to/'packet.json').is_file():
-        p = Packet(to); want = {**shared_settings(cfg, planned), 'before': before.facts['sha256'] if before else None}
+        p = Packet(to); want = {**shared_settings(cfg, planned), 'before': before.identity if before else None}
         if diff := differing(p.settings, want): raise UserError(f'packet {to.name} was made with other settings: ' + '; '.join(diff[:4]), 'the same plan', 'choose another --out')
         if p.stages[-1]['name'] != stage.name: raise UserError(f'packet {to.name} ends with stage {p.stages[-1]["name"]!r}', repr(stage.name), 'choose another --out')
         return p
-    data = StageData(stage); scene = Scene(cfg, data, before, planned, team.world)
+    drawn = Path(run)/'drawn'
+    if before: team.lead(lambda: draw_pools(before, drawn))
+    data = StageData(stage); scene = Scene(cfg, data, before, planned, team.world, drawn)
     c = scene.cost(); team.say(f'stage {scene.index+1}, {data.name}: {len(scene.new)} {data.kind} cases, {c["new_steps"]} steps on them' + (f', {c["old_steps"]} on old ones' if c['old_steps'] else '') + f'; {cfg.strategy}, {cfg.method}')
     train(scene.task, scene.mix, scene.train, run, method=scene.task.method, card=scene.card(), resume=cfg.resume, config=scene.config(), extra=lambda step, t: dict(old=int(t.is_old)))
-    if team.world > 1: scene = Scene(cfg, data, before, planned, team.world) if team.rank == 0 else None     # the trained one is wrapped, and may be divided
+    if team.world > 1: scene = Scene(cfg, data, before, planned, team.world, drawn) if team.rank == 0 else None     # the trained one is wrapped, and may be divided
     team.lead(lambda: finish_stage(scene, run, to, team.device))
     return Packet(to)
 
@@ -489,7 +501,6 @@ def check_plan(cfg:ContinualConfig):
     if cfg.out is None: raise UserError('no place to write', '--out runs/NAME')
     names = [s.name for s in cfg.stages]
     if len(set(names)) < len(names): raise UserError(f'stage {next(n for n in names if names.count(n) > 1)!r} is named twice', 'a name for each stage')
-    if cfg.strategy == 'invcoss' and (bare := [s.name for s in cfg.stages[:-1] if s.pool is None and s.kind != 'text']): print(f'invcoss: no pool of inverted volumes is given for {", ".join(bare)}; they are not replayed unless they are reports')
     if cfg.strategy == 'joint' and cfg.start: raise UserError('joint training from a packet', 'no start: it sees all stages at once')
 
 def run(
@@ -563,6 +574,7 @@ def stage(
 class VerifyConfig:
     "Is a packet what was written, and are patients in it?"
     packet:Path|None=None   # folder
+    audited:bool=False      # refuse it unless every pool in it was audited, and was clear
 
 def verify(cfg:VerifyConfig)->dict:
     "Every byte against the list; exit code 1 if something differs."
@@ -570,7 +582,10 @@ def verify(cfg:VerifyConfig)->dict:
     if cfg.packet is None: raise UserError('no packet', 'medssl continual verify PACKET')
     try: p = Packet(cfg.packet)
     except Damaged as e: print(f'REFUSED: {e}'); return dict(out=None, exit=1)
+    said = p.facts.get('audit_words', 'NOT AUDITED.')
+    if cfg.audited and (not p.facts.get('audited') or any(a['alarm'] or not a['decided'] for a in p.facts['audit'].values())): print(f'REFUSED: {said}'); return dict(out=None, packet=p, exit=1)
     print(p.facts['patient_data_words'])
+    if any(r['kind'] == 'inverted' for r in p.facts['replay'].values()): print(said)
     print(text_table([dict(stage=s['name'], kind=s['kind'], cases=s['cases'], subjects=s['subjects'], old_cases=(p.facts['replay'].get(s['name']) or {}).get('cases', 0), are=(p.facts['replay'].get(s['name']) or {}).get('kind', '')) for s in p.stages]))
     print(f'{len(p.facts["files"])} files, {size_text(p.bytes())}, all as written; strategy {p.settings.get("strategy")}, method {p.facts["method"]}')
     return dict(out=None, packet=p, exit=0)

@@ -6,12 +6,13 @@
 __all__ = ['STRATEGIES', 'Strategy', 'SequentialConfig', 'Frozen', 'spare_idle', 'ContinualTask', 'mixup', 'ReplayConfig',
            'Replay', 'DistillConfig', 'predictor', 'Distill', 'EWCConfig', 'shared_parameters', 'fisher', 'flat', 'EWC',
            'PackNetConfig', 'PackNet', 'DERConfig', 'stored_answers', 'DERpp', 'JointConfig', 'Parts', 'Joint',
-           'strategy_config', 'load_strategy']
+           'strategy_parts', 'strategy_config', 'load_strategy']
 
 # %% ../nbs/68_strategies.ipynb #4ee75c19
 import copy
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Literal
 
 import torch
@@ -38,6 +39,10 @@ class Strategy(nn.Module):
         cases:dict,       # names of the cases in the buffer, by stage, in their order
         seed:int=0,
     ): self.stage,self.steps = stage,steps
+    def admit(self,
+        task:Task,
+        stage:dict,       # its facts: name, kind, cases, subjects
+    ): "Can this stage be learnt this way? Asked before a step is trained; an error says why not."
     def views(self, task, batch, gen): return task.views(batch, gen)
     def forward(self, task, teacher, v): return task(v)
     def losses(self, task, out, v): return task.losses(out, v)
@@ -159,6 +164,8 @@ class Replay(Strategy):
         if cfg.ratio is not None and not 0 <= cfg.ratio < 1: raise UserError(f'ratio is {cfg.ratio}', 'a share of the steps, in [0, 1)', 'or None: by the size of the buffer')
         choose(cfg.objective, ('distill', 'pretext', 'both'), 'objective'); choose(cfg.select, ('random', 'kmeans', 'inverted'), 'select')
         self.share,self.chosen,self.teacher = cfg.share,cfg.select,cfg.objective != 'pretext'
+    def admit(self, task, stage):
+        if self.chosen == 'inverted' and self.share and stage['kind'] != 'text': raise UserError(f'{self.name!r} with select inverted and no pool of stage {stage["name"]!r}', 'a ready pool', 'invcoss makes its own')
     def views(self, task, batch, gen): return task.views(mixup(batch, gen, task) if self.cfg.mixup and batch.get('old') else batch, gen)
     def forward(self, task, teacher, v):
         if not v['_old'] or self.cfg.objective == 'pretext': return task(v)
@@ -491,16 +498,22 @@ STRATEGIES = dict(  # name -> class, settings, what differs from their defaults
     er        =(Replay,   ReplayConfig,     dict(select='random', objective='pretext', mixup=False)),
     derpp     =(DERpp,    DERConfig,        {}),
     medcoss   =(Replay,   ReplayConfig,     {}),
-    invcoss   =(Replay,   ReplayConfig,     dict(select='inverted')),
+    invcoss   =('medssl_nb.invcoss', 'InvCoSS', 'InvCoSSConfig'),   # Replay that makes its old images; inversion lies above this notebook, so it is found by name
     lwf       =(Distill,  DistillConfig,    dict(hidden=0)),
     cassle    =(Distill,  DistillConfig,    {}),
     ewc       =(EWC,      EWCConfig,        {}),
     packnet   =(PackNet,  PackNetConfig,    {}),
 )
 
+def strategy_parts(name:str)->tuple:
+    "Class, class of its settings, and what differs from their defaults."
+    cls,config,different = STRATEGIES[choose(name, STRATEGIES, 'strategy')]
+    if isinstance(cls, str): m = import_module(cls); return getattr(m, config),getattr(m, different),{}
+    return cls,config,different
+
 def strategy_config(name:str):
     "Settings of a strategy, by name."
-    _,config,different = STRATEGIES[choose(name, STRATEGIES, 'strategy')]
+    _,config,different = strategy_parts(name)
     return config(**different)
 
 def load_strategy(
@@ -508,7 +521,7 @@ def load_strategy(
     cfg=None,    # its settings; None: the defaults
 )->Strategy:
     "A strategy by name."
-    cls,config,_ = STRATEGIES[choose(name, STRATEGIES, 'strategy')]
+    cls,config,_ = strategy_parts(name)
     cfg = strategy_config(name) if cfg is None else cfg
     if type(cfg) is not config: raise UserError(f'settings of type {type(cfg).__name__} for strategy {name!r}', config.__name__)
     return cls(cfg, name)

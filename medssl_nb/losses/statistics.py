@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OUTPUT', 'NORMS', 'STILL', 'moments', 'pooled', 'Sums', 'sites', 'last', 'end', 'Watch', 'site_terms',
            'statistics_loss', 'lent', 'model_hash', 'readout', 'Statistics', 'save_statistics', 'load_statistics',
-           'total', 'together', 'merged', 'Running', 'no_text', 'batches_of', 'record', 'calibrate']
+           'alone', 'total', 'together', 'merged', 'Running', 'no_text', 'batches_of', 'record', 'calibrate']
 
 # %% ../../nbs/35_losses.statistics.ipynb #9b635e4d
 import hashlib
@@ -225,9 +225,18 @@ def load_statistics(
     return Statistics({n: {k: t[f'{n}::{k}'] for k in ('mean','var','batch_var')} for n in names}, info, {k.split('::')[1]: v for k,v in t.items() if k.startswith('readout::')})
 
 # %% ../../nbs/35_losses.statistics.ipynb #f61ba7d6
+_ALONE = []
+
+@contextmanager
+def alone():
+    "What is recorded meanwhile is recorded by this process alone; the others may do something else."
+    _ALONE.append(True)
+    try: yield
+    finally: _ALONE.pop()
+
 def _dist():
     import torch.distributed as d
-    return d if d.is_available() and d.is_initialized() and d.get_world_size() > 1 else None
+    return d if not _ALONE and d.is_available() and d.is_initialized() and d.get_world_size() > 1 else None
 
 def total(t:Tensor)->Tensor:
     "The sum over processes, for all of them."
