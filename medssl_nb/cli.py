@@ -99,8 +99,8 @@ def main(
         return int(made.get('exit', 0)) if isinstance(made, dict) else 0
     except UserError as e:
         print(f'medssl {args[0]}: {e}', file=sys.stderr); return 2
-    except KeyboardInterrupt:
-        print(f'medssl {args[0]}: interrupted', file=sys.stderr); return 130
+    except KeyboardInterrupt as e:
+        print(f'medssl {args[0]}: {e or "interrupted"}', file=sys.stderr); return 130
     except Exception as e:
         if isinstance(e, BrokenPipeError) and nobody_reads(): return 141   # as a shell counts it
         if args[0] not in QUOTING: raise

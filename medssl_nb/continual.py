@@ -7,8 +7,9 @@ __all__ = ['T', 'S', 'FAMILIES', 'SCORES', 'StageConfig', 'ScoreConfig', 'Common
            'train_defaults', 'common', 'word_in', 'plan_settings', 'find_prepared', 'StageData', 'reads', 'region_of',
            'family_cases', 'fresh_task', 'give_words', 'draw_pools', 'old_cases', 'mix_cases', 'new_steps',
            'stage_train', 'shared_settings', 'Scene', 'Team', 'in_order', 'readouts', 'make_buffer', 'finish_stage',
-           'do_stage', 'some', 'case_loss', 'refitter', 'segment_rows', 'score_stage', 'evaluate_stage', 'joint_stage',
-           'check_plan', 'run', 'replace_plan', 'write_result', 'site_settings', 'stage', 'VerifyConfig', 'verify']
+           'whole_stage', 'do_stage', 'some', 'case_loss', 'refitter', 'segment_rows', 'score_stage', 'evaluate_stage',
+           'joint_stage', 'check_plan', 'run', 'all_stages', 'replace_plan', 'write_result', 'site_settings', 'stage',
+           'VerifyConfig', 'verify']
 
 # %% ../nbs/71_continual.ipynb #74bece3b
 import json
@@ -38,7 +39,7 @@ from .tasks.base import belongs, to_device
 from .tasks.registry import METHODS, load_task, task_config
 from .tasks.supervised import card_norm
 from .train.checkpoint import atomic_dir, load_checkpoint, read_tensors
-from .train.trainer import TrainConfig, check_config, differing, make_fabric, peak_rate, train
+from .train.trainer import Stopped, Stopper, TrainConfig, check_config, differing, make_fabric, peak_rate, train
 
 # %% ../nbs/71_continual.ipynb #f173c936
 T,S = TypeVar('T'),TypeVar('S')
@@ -284,22 +285,26 @@ class Scene:
 
 # %% ../nbs/71_continual.ipynb #c72b88bd
 class Team:
-    "The processes of a run: the first does what must be done once, the others wait, and learn if it failed."
+    "The processes of a run: the first does what must be done once, the others wait, and learn if it failed or was told to stop."
     def __init__(self, cfg:TrainConfig):
         fabric,_ = make_fabric(check_config(cfg))
-        self.rank,self.world,self.device,self.group = fabric.global_rank,fabric.world_size,fabric.device,None
+        self.rank,self.world,self.device,self.group,self.stop = fabric.global_rank,fabric.world_size,fabric.device,None,Stopper()
         if self.world > 1:
             import torch.distributed as dist
             self.group = dist.new_group(backend='gloo', timeout=timedelta(days=7))
+    def __enter__(self): self.stop.__enter__(); return self                  # a signal to those who wait must not end them: the first decides
+    def __exit__(self, *e): self.stop.__exit__(*e)
     def lead(self, do):
         "`do()` on the first process; what it returned there, None elsewhere."
         import torch.distributed as dist
         out,error = None,None
         if self.rank == 0:
-            try: out = do()
+            try:
+                with self.stop.at_once(): out = do()
             except BaseException as e: error = e
         if self.world > 1:
-            said = torch.tensor([int(error is not None)]); dist.broadcast(said, 0, group=self.group)
+            said = torch.tensor([0 if error is None else 2 if isinstance(error, KeyboardInterrupt) else 1]); dist.broadcast(said, 0, group=self.group)
+            if said.item() == 2 and self.rank: raise Stopped
             if said.item() and self.rank: raise UserError('the first process could not go on', '', 'its own message says why')
         if error is not None: raise error
         return out
@@ -353,6 +358,10 @@ def finish_stage(scene:Scene, run, to, device)->Path:
     p = Packet(to); write_json(run/'cost.json', {**cost, 'bytes': {k: p.bytes(f'{k}/') for k in ('model', 'decoders', 'replay', 'statistics', 'strategy')}})
     return p
 
+def whole_stage(rows:list, total:int, name:str):
+    "Half a stage is no stage, so no packet: `max_minutes` ends the command."
+    if rows and rows[-1]['step'] < total: raise Stopped(f'stage {name} is at step {rows[-1]["step"]} of {total}; the same command continues')
+
 def do_stage(cfg:Common, stage:StageConfig, before:Packet|None, run, to, planned:int, team:Team)->Packet:
     "One stage: train, keep, hand over. A stage whose packet is there is done."
     to = Path(to)
@@ -365,7 +374,8 @@ def do_stage(cfg:Common, stage:StageConfig, before:Packet|None, run, to, planned
     if before: team.lead(lambda: draw_pools(before, drawn))
     data = StageData(stage); scene = Scene(cfg, data, before, planned, team.world, drawn)
     c = scene.cost(); team.say(f'stage {scene.index+1}, {data.name}: {len(scene.new)} {data.kind} cases, {c["new_steps"]} steps on them' + (f', {c["old_steps"]} on old ones' if c['old_steps'] else '') + f'; {cfg.strategy}, {cfg.method}')
-    train(scene.task, scene.mix, scene.train, run, method=scene.task.method, card=scene.card(), resume=cfg.resume, config=scene.config(), extra=lambda step, t: dict(old=int(t.is_old)))
+    rows = train(scene.task, scene.mix, scene.train, run, method=scene.task.method, card=scene.card(), resume=cfg.resume, config=scene.config(), extra=lambda step, t: dict(old=int(t.is_old)))
+    whole_stage(rows, scene.total, data.name)
     if team.world > 1: scene = Scene(cfg, data, before, planned, team.world, drawn) if team.rank == 0 else None     # the trained one is wrapped, and may be divided
     team.lead(lambda: finish_stage(scene, run, to, team.device))
     return Packet(to)
@@ -480,7 +490,8 @@ def joint_stage(cfg:ContinualConfig, datas:list, team:Team)->Packet:
     for d in datas: give_words(task, d)
     strategy.begin(task, 0, total, {}, {n: [] for n in sources}, t.seed); whole = ContinualTask(task, strategy); train_cfg = stage_train(cfg, total)
     team.say(f'joint: {sum(len(c) for c in sources.values())} cases of {len(sources)} stages, {total} steps')
-    train(whole, JointCases(sources, strategy.cfg.draw), train_cfg, run, method=whole.method, card=dict(preset=cfg.preset, strategy='joint', stages=list(sources)), resume=cfg.resume, config=dict(**settings, data=[d.facts() for d in datas], world=team.world))
+    rows = train(whole, JointCases(sources, strategy.cfg.draw), train_cfg, run, method=whole.method, card=dict(preset=cfg.preset, strategy='joint', stages=list(sources)), resume=cfg.resume, config=dict(**settings, data=[d.facts() for d in datas], world=team.world))
+    whole_stage(rows, total, 'joint')
     def end():
         strategy2 = load_strategy('joint', cfg.settings); task2 = fresh_task(cfg, 0, [r for d in datas for r in d.train], None); strategy2.begin(task2, 0, total, {}, {n: [] for n in sources}, t.seed)
         load_checkpoint(run, (again := ContinualTask(task2, strategy2)), method=again.method); task = task2.cpu()
@@ -507,7 +518,12 @@ def run(
     cfg:ContinualConfig,
 )->dict:               # `out`, `rows`, `result`, `packet`
     "Stage after stage; ends with what was forgotten."
-    check_plan(cfg); team = Team(cfg.train); out = Path(cfg.out)
+    check_plan(cfg)
+    with Team(cfg.train) as team: return all_stages(cfg, team)
+
+def all_stages(cfg:ContinualConfig, team:Team)->dict:
+    "The plan, walked through."
+    out = Path(cfg.out)
     start = Packet(cfg.start) if cfg.start else None
     planned = cfg.planned or len(cfg.stages) + (len(start.stages) if start else 0); cfg = replace_plan(cfg, planned)
     datas = [StageData(s) for s in cfg.stages]; packet = start; first = len(start.stages) if start else 0
@@ -565,8 +581,7 @@ def stage(
     before = Packet(cfg.before) if cfg.before else None; to = Path(cfg.to)
     s = StageConfig(**{f.name: getattr(cfg, f.name) for f in fields(StageConfig) if hasattr(cfg, f.name) and f.name not in ('steps', 'target')})
     if not s.name: s = replace(s, name=Path(cfg.data).stem if Path(cfg.data).is_file() else Path(cfg.data).name)
-    team = Team(cfg.train)
-    p = do_stage(cfg, s, before, Path(cfg.run) if cfg.run else to.with_name(f'{to.name}_run'), to, cfg.planned, team)
+    with Team(cfg.train) as team: p = do_stage(cfg, s, before, Path(cfg.run) if cfg.run else to.with_name(f'{to.name}_run'), to, cfg.planned, team)
     team.say(p.facts['patient_data_words'])
     return dict(out=to, packet=p)
 

@@ -52,6 +52,11 @@ def files(packet, *parts):
     return {n: f for n, f in facts(packet)["files"].items() if n.startswith(parts)}
 
 
+def made(packet):
+    "Every file and its hash, but for the report of a pool, which says how long it took."
+    return {n: f for n, f in facts(packet)["files"].items() if not (n.startswith("replay/") and n.endswith("/report.json"))}
+
+
 def test_pictures_are_made_and_reports_are_declared(journey):
     from medssl_nb.core import read_jsonl
 

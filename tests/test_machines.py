@@ -100,30 +100,37 @@ words = sys.argv[1:]
 while words[0].startswith("--"): words = words[1:]
 who = dict(SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="2", SLURM_NNODES="1", SLURM_NODEID="0", SLURM_STEP_ID="0", SLURM_NODELIST="localhost")
 tasks = [subprocess.Popen(words, env={{**os.environ, **who, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}}, start_new_session=True) for i in range(2)]
-until, history = int(os.environ["USR1_AFTER"]), words[words.index("--out")+1] + "/history.jsonl"
+until, history = int(os.environ["USR1_AFTER"]), os.environ["USR1_FILE"]
 while until and all(t.poll() is None for t in tasks):
     if os.path.exists(history) and open(history).read().count("\\n") >= until:
         for t in tasks: os.killpg(t.pid, signal.SIGUSR1)      # everybody in the step, loader workers too
         break
     time.sleep(.01)
-sys.exit(max(t.wait() for t in tasks))
+ends = [t.wait() for t in tasks]
+sys.exit(max(128 - c if c < 0 else c for c in ends))
 """
 
 
-def test_the_batch_file_stops_requeues_and_continues(tmp_path):
-    "experiments/slurm.sbatch as it is, with stand-ins for srun and scontrol: two gloo processes that find each other through SLURM's variables."
-    from test_resume import prepared
-
-    prepared(tmp_path / "data")
-    bin, run = tmp_path / "bin", tmp_path / "runs" / "one"
+def cluster(tmp_path):
+    "`sbatch(words, file, rows)`: experiments/slurm.sbatch as it is, with stand-ins for srun and scontrol; the signal comes when the file has so many rows."
+    bin = tmp_path / "bin"
     bin.mkdir()
     (bin / "srun").write_text(SRUN.format(python=sys.executable))
     (bin / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol\n')
     for f in bin.iterdir():
         f.chmod(0o755)
     env = {**ENV, "PATH": f"{bin}:{Path(sys.executable).parent}:{ENV['PATH']}", "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NAME": "medssl", "SLURM_NTASKS": "2"}
+    return lambda words, file="", rows=0: subprocess.run(["bash", str(HERE.parent / "experiments" / "slurm.sbatch"), *map(str, words)], env={**env, "USR1_AFTER": str(rows), "USR1_FILE": str(file)}, capture_output=True, text=True, timeout=300)
+
+
+def test_the_batch_file_stops_requeues_and_continues(tmp_path):
+    "Two gloo processes that find each other through SLURM's variables."
+    from test_resume import prepared
+
+    prepared(tmp_path / "data")
+    sbatch, run = cluster(tmp_path), tmp_path / "runs" / "one"
     more = "--method mae --preset small3d --task.region 24 24 24 --train.device cpu --train.workers 1 --train.steps 12 --train.batch 2 --train.save-every 100 --train.tensorboard False --train.warmup 0".split()  # maps of 3x3x3 at the coarsest: on 2x2x2 torch 2.13 reads unset memory for the weight gradient in bfloat16, on some processors
-    go = lambda until: subprocess.run(["bash", str(HERE.parent / "experiments" / "slurm.sbatch"), str(tmp_path / "data"), str(run), *more], env={**env, "USR1_AFTER": str(until)}, capture_output=True, text=True, timeout=300)
+    go = lambda until: sbatch([tmp_path / "data", run, *more], run / "history.jsonl", until)
     first = go(3)
     assert first.returncode == 0, first.stderr[-3000:]
     assert (tmp_path / "scontrol").read_text() == f"requeue {os.getpid()}\n"
@@ -140,6 +147,40 @@ def test_the_batch_file_stops_requeues_and_continues(tmp_path):
     assert read_json(latest(run) / "state.json")["config"]["world"] == 2
     for out in (first, second):  # one process writes, and in lines
         assert "\r" not in out.stderr and out.stderr.count("one: ") <= 6, out.stderr
+
+
+@pytest.mark.parametrize("thorough", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_batch_file_walks_through_stages(tmp_path, thorough):
+    "`continual run`, signalled while the first process inverts and the other waits (and in the second stage); then `continual stage`. What comes out is what a stage makes (and a torchrun) that nobody disturbed."
+    from test_continual import plan, prepared
+    from test_invcoss import SETTINGS, made
+
+    root, sbatch = prepared(tmp_path), cluster(tmp_path)
+    settings = {**SETTINGS, "invert": {**SETTINGS["invert"], "steps": 120}}
+    out, requeued = tmp_path / "slurm", lambda: (tmp_path / "scontrol").read_text().count(f"requeue {os.getpid()}") if (tmp_path / "scontrol").exists() else 0
+    plans = {n: plan(root, tmp_path / n, ("xr", "he"), "invcoss", settings, name=f"{n}.yaml", score=dict(scores=[]), steps=12) for n in ("slurm", "torchrun")}
+    go = lambda file, rows: sbatch(["continual", "run", plans["slurm"]], out / "stages" / file, rows)
+    cut = go("01_xr/pool.work/history.jsonl", 3)
+    assert cut.returncode == 0 and requeued() == 1, cut.stderr[-3000:]
+    step = max(int(p.name[5:]) for p in (out / "stages" / "01_xr" / "pool.work" / "checkpoints").glob("step_*"))
+    assert 3 <= step < 120 and f"stopped at step {step} (SIGUSR1); the same command continues" in cut.stderr and "Traceback" not in cut.stderr
+    assert not (out / "packets").exists() or not list((out / "packets").iterdir())
+    if thorough:
+        cut = go("02_he/history.jsonl", 3)
+        assert cut.returncode == 0 and requeued() == 2, cut.stderr[-3000:]
+        assert (out / "packets" / "01_xr").exists() and not (out / "packets" / "02_he").exists() and "(SIGUSR1)" in cut.stdout
+    last = go("", 0)
+    assert last.returncode == 0 and requeued() == 1 + thorough, last.stderr[-3000:]
+    assert last.stdout.strip().splitlines()[-1] == str(out)
+    site = sbatch(["continual", "stage", "--from", out / "packets" / "01_xr", "--data", root / "he", "--to", tmp_path / "two"])
+    assert site.returncode == 0, site.stderr[-3000:]
+    assert made(tmp_path / "two") == made(out / "packets" / "02_he")
+    assert sbatch(["continual", "verify", tmp_path / "two"]).returncode == 2
+    if thorough:
+        words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "medssl_nb.cli", "continual", "run", str(plans["torchrun"])]
+        whole = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, env=ENV)
+        assert whole.returncode == 0, whole.stderr[-3000:]
+        assert [made(out / "packets" / n) for n in ("01_xr", "02_he")] == [made(tmp_path / "torchrun" / "packets" / n) for n in ("01_xr", "02_he")]
 
 
 def test_a_batch_file_that_fails_is_not_requeued(tmp_path):

@@ -446,13 +446,25 @@ class Stopped(KeyboardInterrupt):
     "A signal came, the step was finished, and the run is saved: the same call continues it."
 
 class Stopper:
-    "Notices SIGINT, SIGTERM and SIGUSR1 while it is entered; `.reason` says which."
-    def __init__(self): self.reason,self.pid,self.at = '',os.getpid(),0.
+    "Notices SIGINT, SIGTERM and SIGUSR1 while it is entered; `.reason` says which. One inside another shares what is heard."
+    def __init__(self): self.reason,self.pid,self.at,self.urgent = '',os.getpid(),0.,False
     def __enter__(self):
         self.old = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)} if threading.current_thread() is threading.main_thread() else {}
+        self.outer = next((h.__self__ for h in self.old.values() if isinstance(getattr(h, '__self__', None), Stopper)), None)
+        if self.outer: self.reason,self.at = self.outer.reason or self.reason,self.outer.at
         return self
     def __exit__(self, *_):
         for s,h in self.old.items(): signal.signal(s, h)
+        if self.outer: self.outer.reason,self.outer.at = self.outer.reason or self.reason,self.outer.at or self.at
+    @contextmanager
+    def at_once(self):
+        "What is done inside can be cut anywhere and done again: a signal, also an earlier one, raises `Stopped`."
+        self.urgent = True
+        try:
+            if self.reason: self.leave()
+            yield
+        finally: self.urgent = False
+    def leave(self): raise Stopped(f'stopped ({self.reason}); the same command continues')
     def note(self, signum, frame):
         if os.getpid() != self.pid:                                          # a child of ours
             if signum == signal.SIGTERM: signal.signal(signum, signal.SIG_DFL); os.kill(os.getpid(), signum)
@@ -460,6 +472,7 @@ class Stopper:
         now = time.monotonic()
         if self.reason and signum == signal.SIGINT and now - self.at > 1: raise KeyboardInterrupt
         self.reason = self.reason or signal.Signals(signum).name; self.at = self.at or now
+        if self.urgent: self.leave()
 
 # %% ../../nbs/52_train.trainer.ipynb #8b38ef96
 def out_of_memory(e)->bool:
