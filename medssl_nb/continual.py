@@ -7,9 +7,9 @@ __all__ = ['T', 'S', 'FAMILIES', 'SCORES', 'StageConfig', 'ScoreConfig', 'Common
            'train_defaults', 'common', 'word_in', 'plan_settings', 'find_prepared', 'StageData', 'reads', 'region_of',
            'family_cases', 'fresh_task', 'give_words', 'draw_pools', 'old_cases', 'mix_cases', 'new_steps',
            'stage_train', 'shared_settings', 'Scene', 'Team', 'in_order', 'readouts', 'make_buffer', 'finish_stage',
-           'whole_stage', 'do_stage', 'some', 'case_loss', 'refitter', 'segment_rows', 'score_stage', 'evaluate_stage',
-           'joint_stage', 'check_plan', 'run', 'all_stages', 'replace_plan', 'write_result', 'site_settings', 'stage',
-           'VerifyConfig', 'verify']
+           'write_cost', 'whole_stage', 'do_stage', 'some', 'case_loss', 'refitter', 'segment_rows', 'score_stage',
+           'evaluate_stage', 'joint_stage', 'check_plan', 'run', 'all_stages', 'replace_plan', 'write_result',
+           'site_settings', 'stage', 'VerifyConfig', 'verify']
 
 # %% ../nbs/71_continual.ipynb #74bece3b
 import json
@@ -25,7 +25,7 @@ from typing import Generic, Literal, TypeVar
 import torch
 
 from .config import from_dict, read_yaml, save_yaml, to_dict
-from .core import UserError, choose, generator, read_json, read_jsonl, seed_of, size_text, write_json, write_jsonl
+from .core import UserError, choose, generator, read_json, read_jsonl, seed_of, size_text, sweep, write_json, write_jsonl
 from .data.cases import Cases, Prepared, plain_name, read_batch, text_table
 from .data.stages import Beside, Mixed, TextCases, choose_rows, part, report_rows, write_buffer
 from .data.stages import Joint as JointCases
@@ -38,7 +38,7 @@ from .strategies import ContinualTask, load_strategy, strategy_config
 from .tasks.base import belongs, to_device
 from .tasks.registry import METHODS, load_task, task_config
 from .tasks.supervised import card_norm
-from .train.checkpoint import atomic_dir, load_checkpoint, read_tensors
+from .train.checkpoint import atomic_dir, load_checkpoint, read_tensors, tidy
 from .train.trainer import Stopped, Stopper, TrainConfig, check_config, differing, make_fabric, peak_rate, train
 
 # %% ../nbs/71_continual.ipynb #f173c936
@@ -354,8 +354,12 @@ def finish_stage(scene:Scene, run, to, device)->Path:
     saw = {scene.data.name: files} if (files := sorted((run/'statistics').glob(f'{scene.data.name}.*'))) else {}
     facts = {**scene.data.facts(), 'left_out': list(scene.data.stage.leave_out), 'cost': cost}
     settings = {**shared_settings(scene.cfg, scene.planned), 'before': scene.before.identity if scene.before else None}
-    write_packet(to, task.cpu(), facts, settings, scene.before, {scene.data.name: buffer} if buffer is not None else {}, kept, saw, card=scene.card())
-    p = Packet(to); write_json(run/'cost.json', {**cost, 'bytes': {k: p.bytes(f'{k}/') for k in ('model', 'decoders', 'replay', 'statistics', 'strategy')}})
+    tidy(Path(to).parent, Path(to).name); write_packet(to, task.cpu(), facts, settings, scene.before, {scene.data.name: buffer} if buffer is not None else {}, kept, saw, card=scene.card())
+    return write_cost(Packet(to), run)
+
+def write_cost(p:Packet, run)->Packet:
+    "What the stage took, beside the run; the numbers are in the packet, so it can be written at any later time."
+    sweep(run); write_json(Path(run)/'cost.json', {**p.stages[-1]['cost'], 'bytes': {k: p.bytes(f'{k}/') for k in ('model', 'decoders', 'replay', 'statistics', 'strategy')}})
     return p
 
 def whole_stage(rows:list, total:int, name:str):
@@ -369,6 +373,7 @@ def do_stage(cfg:Common, stage:StageConfig, before:Packet|None, run, to, planned
         p = Packet(to); want = {**shared_settings(cfg, planned), 'before': before.identity if before else None}
         if diff := differing(p.settings, want): raise UserError(f'packet {to.name} was made with other settings: ' + '; '.join(diff[:4]), 'the same plan', 'choose another --out')
         if p.stages[-1]['name'] != stage.name: raise UserError(f'packet {to.name} ends with stage {p.stages[-1]["name"]!r}', repr(stage.name), 'choose another --out')
+        team.lead(lambda: write_cost(p, run) if Path(run).is_dir() and not (Path(run)/'cost.json').is_file() else None)   # killed between the two
         return p
     drawn = Path(run)/'drawn'
     if before: team.lead(lambda: draw_pools(before, drawn))

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from .core import UserError, generator
+from .core import UserError, generator, sweep
 from .data.cases import read_batch
 from .data.stages import part
 from .invert import InvertConfig, check_invert, invert
@@ -53,7 +53,7 @@ def recorded(
     "What the layers saw: recorded once, by this process alone, then found."
     path = Path(at)/facts['name']; file = Path(f'{path}.json')
     if file.is_file() and (had := load_statistics(file)).info['model'] == model_hash(task): return had
-    file.unlink(missing_ok=True)
+    file.unlink(missing_ok=True); sweep(file.parent)
     batches = torch.utils.data.DataLoader(InTurn(cases, min(batch or (64 if facts['kind'] == '2d' else 16), len(cases)), seed, limit), batch_size=None, num_workers=workers)
     with alone(): stats = calibrate(task, batches, seed=seed, stage=facts['name'], channels=facts['channels'])
     save_statistics(stats, path)

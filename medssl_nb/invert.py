@@ -6,7 +6,8 @@
 __all__ = ['InvertConfig', 'check_invert', 'made_batch', 'inversion_terms', 'floors', 'weigh', 'Codes', 'Inverter', 'blocks_of',
            'steps_of', 'rate', 'room', 'check_room', 'check_model', 'try_batch', 'invert_step', 'write_images',
            'save_codes', 'render_pool', 'Inversion', 'peak_bytes', 'invert', 'finished', 'Run', 'open_model',
-           'StatisticsConfig', 'statistics', 'InvertCommand', 'share_of', 'invert_command', 'RenderConfig', 'render']
+           'inner_task', 'StatisticsConfig', 'stage_region', 'statistics', 'InvertCommand', 'share_of',
+           'invert_command', 'RenderConfig', 'render']
 
 # %% ../nbs/70_invert.ipynb #ba0745ae
 import json
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import from_dict, to_dict
-from .core import UserError, choose, disk_errors, generator, read_json, size_text, write_json, write_jsonl
+from .core import UserError, choose, disk_errors, generator, read_json, size_text, sweep, write_json, write_jsonl
 from .data.cases import Cases, Prepared, write_case, write_index
 from .data.stages import write_provenance
 from .losses.prior import Pool, slots_at, total_variation, vendi2, vendi2_of
@@ -32,7 +33,7 @@ from .nets.invunet import GENERATORS, build_generator
 from .packet import verify_packet
 from .pretrain import PretrainConfig, choose_cases
 from .tasks.registry import METHODS, load_task, method
-from .train.checkpoint import find_checkpoint, latest, load_checkpoint, prune, read_tensors, save_checkpoint, tidy
+from .train.checkpoint import find_checkpoint, fit_exactly, latest, load_checkpoint, prune, read_tensors, save_checkpoint, tidy, verify_checkpoint
 from .train.trainer import History, NonFinite, Stopped, Stopper, differing, progress, run_lock
 
 # %% ../nbs/70_invert.ipynb #35f2aeb0
@@ -331,7 +332,7 @@ def invert(
     run = Run(task, statistics, cfg, settings, batch, dim, device, {n: tuple(t.to(device) for t in p) for n,p in statistics.target(kind).items()}, floors(statistics, cfg, typical, kind), stage)
     if out is None: return run.go(None)
     out,work = Path(out),Path(out).with_name(Path(out).name + '.work')
-    if (done := finished(out, settings)) is not None: return done
+    if (done := finished(out, settings)) is not None: shutil.rmtree(work, ignore_errors=True); return done
     with disk_errors(out.parent, f'the pool {out.name}'), run_lock(work), Stopper() as stop: tidy(work/'checkpoints'); got = run.go(work, out, stop)
     shutil.rmtree(work, ignore_errors=True)
     return got
@@ -378,7 +379,10 @@ class Run:
 # %% ../nbs/70_invert.ipynb #7ab33f85
 def _go(self, work, out=None, stop=None):
     cfg,kept = self.cfg,[]; folder = work/'pool' if work else None; clock = time.monotonic()
-    if work: self.restore(work)
+    if work:
+        self.restore(work)
+        if not self.block: shutil.rmtree(folder, ignore_errors=True)     # no block was finished: what lies there is of a life that was cut
+        for d in (folder, folder/'volumes', folder/'generator'): sweep(d)
     history = History(work/'history.jsonl', self.step) if work else None; rows = history.rows if work else []
     sizes = [min(cfg.n - b*cfg.chunk, cfg.chunk) if cfg.work == 'chunks' else cfg.n for b in range(blocks_of(cfg))]
     totals = [steps_of(cfg, s, min(self.batch, s)) for s in sizes]
@@ -446,38 +450,57 @@ def open_model(
     path = Path(path)
     if (path/'packet.json').is_file():
         settings,at,stats = verify_packet(path)['settings'],path/'model',path/'statistics'
+    elif (path/'stages').is_dir(): raise UserError(f'{path} holds a sequence of stages', 'one of them: ' + ', '.join(f'{path}/stages/{p.name}' for p in sorted((path/'stages').iterdir()) if p.is_dir()))
     else:
         at = find_checkpoint(path); settings = read_json(at/'state.json').get('config') or {}
         stats = next((p/'statistics' for p in (path, *path.parents[:2]) if (p/'statistics').is_dir()), path/'statistics')
     if not isinstance(settings.get('task'), dict): raise UserError(f'{path} does not say how its task was built', 'a run of medssl pretrain or continual, or a packet')
     name = choose(settings.get('method') or '', METHODS, 'method')
     with torch.random.fork_rng(devices=[]): task = load_task(name, from_dict(method(name)[1], settings['task']))
-    load_checkpoint(at, task, method=name)
+    if 'stage' in settings: inner_task(at, task, settings)
+    else: load_checkpoint(at, task, method=name)
     return task,settings,stats
+
+def inner_task(at, task, settings:dict):
+    "The weights of the task alone, out of a stage of the continual loop, where a strategy is around it."
+    state = verify_checkpoint(at)
+    if settings.get('strategy') == 'packnet': raise UserError('a network that packnet divides among stages', 'one whose weights are one network', 'another strategy')
+    card = at.parents[1]/'encoder'/'card.json'
+    if not card.is_file() or read_json(card)['step'] != state['step']: raise UserError(f'stage {settings["stage"]["name"]!r} is at step {state["step"]}, which is not its last', 'a stage that has ended', 'the command that began it continues it')
+    fit_exactly(task, {n[5:]: t for n,t in read_tensors(at/'model.safetensors').items() if n.startswith('task.')}, at.name)
 
 @dataclass
 class StatisticsConfig:
     "Record what an inversion needs, from a finished run and the images it was trained on."
-    model:Path|None=None        # a run
+    model:Path|None=None        # a run, or a stage of medssl continual (OUT/stages/NN_NAME)
     data:Path|None=None         # the prepared folder of its training
     out:Path|None=None          # where; default RUN/statistics
     batch:int|None=None         # cases in a batch, as the inversion will have; default 64 in 2-D, 16 in 3-D
     limit:int|None=None         # at most about so many cases
-    group:tuple[str,...]|None=None      # only cases of these groups
+    group:tuple[str,...]|None=None      # only cases of these groups; of a stage, default those of the stage
     leave_out:tuple[str,...]=('test',)  # splits that must not be seen
     workers:int=0               # loader processes
     seed:int=0
+
+def stage_region(task, stage:dict, prepared)->tuple:
+    "What a task of several families looks at in a stage."
+    kinds = {k: tuple(getattr(task.cfg, f'region{k}')) for k in getattr(task.cfg, 'kinds', ()) if k != 'text'}
+    if not kinds: return tuple(task.region)
+    kind = stage.get('kind') or next((k for k in kinds if any(r['dims'] == int(k[0]) for r in prepared.rows)), '')
+    if kind not in kinds: no_text({'text': []})
+    return kinds[kind]
 
 def statistics(cfg:StatisticsConfig)->dict:
     "A run and its images -> statistics beside it."
     if cfg.model is None or cfg.data is None: raise UserError('no run or no data', 'both', 'medssl statistics runs/NAME --data PREPARED')
     task,settings,_ = open_model(cfg.model); prepared = Prepared(cfg.data)
     if not getattr(task, 'region', ()): no_text({'text': []})
-    rows = choose_cases(prepared, len(task.region), PretrainConfig(task=task.cfg, data=cfg.data, group=cfg.group, leave_out=cfg.leave_out))
-    cases = Cases(prepared, rows, channels=settings.get('channels') or task.channels, region=task.region); run = Path(cfg.model)
-    stats = calibrate(task, cases, cfg.batch, cfg.seed, cfg.limit, cfg.workers, stage=run.name)
+    run,stage = Path(cfg.model),settings.get('stage') or {}; region = stage_region(task, stage, prepared); name = stage.get('name', run.name)
+    rows = choose_cases(prepared, len(region), PretrainConfig(task=task.cfg, data=cfg.data, group=cfg.group or (tuple(stage['group']) if stage.get('group') else None), leave_out=tuple({*cfg.leave_out, *stage.get('leave_out', ())})))
+    cases = Cases(prepared, rows, channels=stage.get('channels') or settings.get('channels') or task.channels, region=region)
+    stats = calibrate(task, cases, cfg.batch, cfg.seed, cfg.limit, cfg.workers, stage=name)
     print(f'{len(stats.sites)} sites from {stats.info["cases"]} cases of {stats.info["subjects"]} subjects' + ('' if stats.info['subjects'] >= 100 else '; fewer than 100 people: a packet refuses them, since averages over few people can give something away'))
-    return dict(out=save_statistics(stats, Path(cfg.out or run/'statistics')/run.name))
+    return dict(out=save_statistics(stats, Path(cfg.out or run/'statistics')/name))
 
 # %% ../nbs/70_invert.ipynb #e6346033
 @dataclass

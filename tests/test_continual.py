@@ -257,10 +257,10 @@ def make_plain():
 
         def __init__(self):
             super().__init__()
-            self.a, self.b = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 8, 4, stride=4)
+            self.a, self.norm, self.b = nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4, affine=False), nn.Conv2d(4, 8, 4, stride=4)  # a norm that sees one case alone: a site for statistics
 
         def forward(self, x):
-            y = self.a(x).relu()
+            y = self.norm(self.a(x)).relu()
             return [y, self.b(y)]
 
         def spec(self):
@@ -299,15 +299,17 @@ def make_plain():
     return torch
 
 
-TWO = dict(er=dict(share=0.5, ratio=0.4), medcoss=dict(share=0.5, centres=0.2, ratio=0.4, mixup=False), derpp=dict(share=0.5), cassle=dict(hidden=16), ewc=dict(samples=6, lam=1.0), packnet={}, joint={}, fsdp=dict(share=0.5, centres=0.2, ratio=0.4, mixup=False))
+TWO = dict(er=dict(share=0.5, ratio=0.4), medcoss=dict(share=0.5, centres=0.2, ratio=0.4, mixup=False), derpp=dict(share=0.5), cassle=dict(hidden=16), ewc=dict(samples=6, lam=1.0), packnet={}, joint={}, fsdp=dict(share=0.5, centres=0.2, ratio=0.4, mixup=False),
+           invcoss=dict(share=0.5, centres=0.2, ratio=0.4, mixup=False, few=True))  # the last for test_invcoss
 
 
-def two_plans(root, out, batch):
-    "The same two stages for each strategy; the last is MedCoSS with its weights divided among the processes."
+def two_plans(root, out, batch, names):
+    "The same two stages for each strategy; `fsdp` is MedCoSS with its weights divided among the processes."
     from medssl_nb.continual import ContinualConfig, ScoreConfig, StageConfig, common, run
 
     make_plain()
-    for name, settings in TWO.items():
+    for name in names:
+        settings = TWO[name]
         base = common("plain_test", "small2d", "medcoss" if name == "fsdp" else name)
         base["settings"] = replace(base["settings"], **settings)
         base["train"] = replace(base["train"], **{**LOOP, "batch": batch, "optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "save_every": 0, "strategy": "fsdp" if name == "fsdp" else "ddp"})
@@ -320,10 +322,11 @@ def test_two_processes_equal_one(root):
     from medssl_nb.core import read_jsonl
     from medssl_nb.packet import Packet
 
-    out = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, "two", str(root)], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    names = [n for n in TWO if n != "invcoss"]
+    out = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, "two", str(root), *names], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert out.returncode == 0, out.stderr[-4000:]
-    two_plans(root, root / "one_process", 8)
-    for name in TWO:
+    two_plans(root, root / "one_process", 8, names)
+    for name in names:
         runs = ["joint"] if name == "joint" else ["01_xr", "02_he"]
         for r in runs:
             a, b = (read_jsonl(root / w / name / "stages" / r / "history.jsonl") for w in ("one_process", "two_processes"))
@@ -344,4 +347,4 @@ if __name__ == "__main__":
         nursery(sys.argv[2], int(sys.argv[3]))
     else:
         sys.modules["test_continual"] = sys.modules["__main__"]
-        two_plans(Path(sys.argv[2]), Path(sys.argv[2]) / "two_processes", 4)
+        two_plans(Path(sys.argv[2]), Path(sys.argv[2]) / "two_processes", 4, sys.argv[3:])

@@ -7,10 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from test_cli import medssl, refused
-from test_continual import plan, prepared
+from test_continual import LOOP, plan, prepared
 
 INVERT = dict(batch=4, steps=6, lr=5e-3, z_channels=4, widths=[8, 8, 8], cache=[4, 4, 4], bar=False, save_every=2)
 SETTINGS = dict(share=0.25, centres=0.1, ratio=0.4, few=True, invert=INVERT)
@@ -106,6 +107,105 @@ def test_without_data_the_same_pool(journey, root):
     assert walled("continual", "stage", "--from", c, "--data", root / "xr", "--name", "x", "--to", root / "never").returncode == 9
 
 
+def test_statistics_of_a_stage_afterwards(journey, root):
+    "A run folder of the loop is a run: its statistics are those that the loop recorded, and a pool can be made of it."
+    import torch
+
+    from medssl_nb.losses.statistics import load_statistics
+
+    stage, at = journey / "stages" / "02_xr", root / "afterwards"
+    code, out, err = medssl("statistics", stage, "--data", root / "xr", "-o", at, "--batch", 4)
+    assert code == 0, err
+    assert "16 cases of 16 subjects" in out and "8 cases of split test are left out" in out
+    a, b = load_statistics(at / "xr.json"), load_statistics(journey / "packets" / "02_xr" / "statistics" / "xr.json")
+    assert a.info["model"] == b.info["model"] and a.info["image"] == b.info["image"] == [1, 32, 32] and a.info["channels"] == ["xr"]
+    assert list(a.sites) == list(b.sites) and all(torch.allclose(s["mean"], b.sites[n]["mean"], atol=0.3) for n, s in a.sites.items())  # other masks, the same layers
+    code, out, err = medssl("invert", stage, "--statistics", at, "-o", root / "afterwards_pool", "--n", 2, "--how.steps", 2, "--how.z-channels", 4, "--how.widths", 8, 8, 8, "--how.cache", 4, 4, 4, "--how.bar", "False", "--device", "cpu")
+    assert code == 0, err
+    refused("statistics", journey / "stages" / "01_report", "--data", root / "report", says="reports are not inverted")
+    refused("statistics", journey, "--data", root / "xr", says=["holds a sequence of stages", "stages/02_xr"])
+    half = root / "half"
+    code, out, err = go(root, "half", ("xr",), train=dict(LOOP, max_minutes=0.0))
+    assert code == 130 and "stage xr is at step 1 of 8; the same command continues" in err and not (half / "packets").exists()
+    refused("statistics", half / "stages" / "01_xr", "--data", root / "xr", says="is at step 1, which is not its last; expected a stage that has ended")
+
+
+def in_a_process(root, out, batch):
+    "A plan of two stages, in which each process writes down whether it inverted, and which old images it was given; then statistics of one network, by all processes together."
+    import hashlib
+
+    import torch
+    from test_continual import TWO, PlainConfig, two_plans
+
+    import medssl_nb.continual as loop
+    import medssl_nb.invcoss as invcoss
+    from medssl_nb.data.cases import Cases, Prepared
+    from medssl_nb.invert import InvertConfig
+    from medssl_nb.losses.statistics import calibrate, save_statistics
+    from medssl_nb.tasks.registry import load_task
+
+    TWO["invcoss"]["invert"] = InvertConfig(**{**INVERT, "steps": 20})
+    rank, mix, invert = int(os.environ.get("RANK", 0)), loop.mix_cases, invcoss.invert
+    out.mkdir(exist_ok=True)
+
+    def note(*words):
+        with open(out / f"said_{rank}", "a") as f:
+            f.write(" ".join(words) + "\n")
+
+    def mixed(strategy, new, old, name):
+        for n, c in old.items():
+            note("given", n, hashlib.sha256(b"".join(Prepared(c.dir).read(r)[0].tobytes() for r in c.rows)).hexdigest())
+        return mix(strategy, new, old, name)
+
+    def inverted(*a):
+        note("inverts", a[4])
+        return invert(*a)
+
+    loop.mix_cases, invcoss.invert = mixed, inverted
+    two_plans(root, out, batch, ["invcoss"])
+    torch.manual_seed(0)
+    p = Prepared(root / "xr")
+    stats = calibrate(load_task("plain_test", PlainConfig()), Cases(p, p.rows, region=(32, 32)), batch, stage="xr")
+    if not rank:
+        save_statistics(stats, out / "together")
+
+
+def test_two_processes_one_pool(root):
+    "Where the task draws nothing, a case counts the same wherever it is computed: what is left between two processes and one is the order of sums, which the inversion's Adam makes larger."
+    import numpy as np
+
+    from medssl_nb.core import read_jsonl
+    from medssl_nb.data.cases import Prepared
+    from medssl_nb.losses.statistics import load_statistics
+
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for words, out, batch in (([], "one", 8), (torchrun, "two", 4)):
+        r = subprocess.run([sys.executable, *words, __file__, str(root), str(root / out), str(batch)], capture_output=True, text=True, timeout=200, env=env)
+        assert r.returncode == 0, r.stderr[-4000:]
+    said = [(root / "two" / f"said_{k}").read_text().split("\n") for k in (0, 1)]
+    first, second = ([w for w in s if w.startswith("inverts")] for s in said)
+    assert first == ["inverts xr", "inverts he"] and second == [], "the first process makes the pool, and it alone"
+    given = [{w for w in s if w.startswith("given")} for s in said]
+    assert len(given[0]) == 1 and given[0] == given[1], "both go on with the same images"
+    one, two = (root / n / "invcoss" for n in ("one", "two"))
+    for stage in ("01_xr", "02_he"):
+        a, b = (read_jsonl(o / "stages" / stage / "history.jsonl") for o in (one, two))
+        assert [x["old"] for x in a] == [x["old"] for x in b] and (stage == "01_xr" or sum(x["old"] for x in a) >= 2)
+        gap = max(abs(x["loss"] / y["loss"] - 1) for x, y in zip(a, b, strict=True))
+        assert gap < 1e-4, (stage, gap)
+    pools = [Prepared(o / "packets" / "02_he" / "replay" / "xr") for o in (one, two)]
+    x, y = (np.stack([p.read(r)[0] for r in p.rows]) for p in pools)
+    assert x.shape == y.shape and np.abs(x - y).max() < 2e-3 and x.std() > 0.05
+    # what the layers saw: by the first process alone in the loop, by both together where `pretrain` records it
+    for a, b in ((load_statistics(o / "packets" / "02_he" / "statistics" / "xr.json") for o in (one, two)), (load_statistics(o.parent / "together.json") for o in (one, two))):
+        assert (a.info["cases"], a.info["subjects"], a.info["rows"]) == (b.info["cases"], b.info["subjects"], b.info["rows"])
+        for site, s in a.sites.items():
+            for k in ("mean", "var"):
+                np.testing.assert_allclose(s[k], b.sites[site][k], rtol=1e-4, atol=1e-6)
+        assert abs(a.info["loss_task"] / b.info["loss_task"] - 1) < 1e-4 and a.info["cases"] >= 16
+
+
 def test_no_reports_no_patients(root):
     code, out, err = go(root, "mute", ("report", "xr"), settings={**SETTINGS, "text": "none"}, steps=3)
     assert code == 0, err
@@ -118,3 +218,7 @@ def test_too_few_people_before_anything_is_trained(root):
     assert code == 2 and "statistics of 16 persons" in err and "Traceback" not in err
     assert not (root / "few" / "stages").exists()
     refused("continual", "run", plan(root, root / "sel", stages=("xr",), strategy="invcoss", name="sel.yaml", settings={**SETTINGS, "select": "kmeans"}), says="select")
+
+
+if __name__ == "__main__":
+    in_a_process(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

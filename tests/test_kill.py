@@ -1,4 +1,4 @@
-"""`prepare`, `pretrain` and `finetune` are killed with SIGKILL, at random moments and at every single file operation; what is finished in the end equals the unbroken run, byte by byte.
+"""`prepare`, `pretrain`, `finetune`, `invert` and a stage of `continual` with its inversion are killed with SIGKILL, at random moments and at every single file operation; what is finished in the end equals the unbroken run, byte by byte.
 
 A life is a fork of a process that has imported everything and calls the command line's own `main`, so that a death costs a fraction of a second. A phase of the run and a delay within it are drawn from a recorded seed; the
 process group (loader workers, second rank, pool) is killed, or the main process alone. After each death everything that is visible must be whole; after the last life nothing may be left over, and the folder is compared
@@ -35,16 +35,18 @@ RUN = dict(
     accum="--method mae --train.workers 0 --train.accum 2",
     ddp="--method mae --train.workers 0",
 )
-SCENARIOS = (*RUN, "finetune", "prepare", "prepare2")
+SCENARIOS = (*RUN, "finetune", "prepare", "prepare2", "invert", "invcoss")
 PHASES = dict(  # module, function: name of the phase
     train={"data.cases.Loader.__iter__": "data", "train.trainer.Trainer.train_step": "step", "train.trainer.save_checkpoint": "checkpoint", "train.trainer.prune": "prune", "train.trainer.restore": "restore", "train.trainer.export_encoder": "export"},
     finetune={"eval.transfer.resolve": "resolve", "eval.transfer.fit": "fit", "eval.transfer.judge": "judge", "eval.transfer.remove_dir": "tidy", "eval.transfer.write_jsonl": "rows", "eval.transfer.summarise": "table", "train.trainer.save_checkpoint": "checkpoint"},
     prepare={"data.prepare.build_case": "build", "data.prepare.store": "store", "data.prepare.write_index": "index", "data.prepare.estimate": "estimate"},
+    invert={"invert.load_statistics": "open", "invert.invert_step": "step", "invert.save_checkpoint": "checkpoint", "invert.prune": "prune", "invert.write_images": "images", "invert.save_codes": "codes", "invert.write_index": "index", "invert.Run.publish": "publish"},
+    invcoss={"train.trainer.Trainer.train_step": "train", "train.trainer.export_encoder": "export", "invcoss.calibrate": "statistics", "invcoss.save_statistics": "save", "invert.invert_step": "step", "invert.save_checkpoint": "checkpoint", "invert.write_images": "images", "invert.Run.publish": "publish", "continual.write_packet": "packet"},
 )
 
 
 def kind(scenario):
-    return "train" if scenario in RUN else "prepare" if scenario.startswith("prepare") else "finetune"
+    return "train" if scenario in RUN else "prepare" if scenario.startswith("prepare") else scenario
 
 
 def volumes(out, n=8, side=12):
@@ -95,15 +97,25 @@ def setup(scenario, root):
     data = volumes(root / "data")
     if scenario in RUN:
         return ["pretrain", data, "-o", out, "--preset", "small3d", *TINY, *RUN[scenario].split()]
+    if scenario == "invcoss":
+        plan = dict(method="mae", preset="small3d", strategy="invcoss", settings=dict(share=0.5, few=True, invert=dict(batch=3, steps=12, save_every=4, lr=0.005, z_channels=2, widths=[8, 8], cache=[4, 4], bar=False)),
+                    task=dict(region=[8, 8, 8], widths=[4, 4, 8]), steps=6, train=dict(batch=2, save_every=3, workers=0, tensorboard=False, bar=False, device="cpu"), stages=[dict(name="t1", data=str(data))], score=dict(scores=[]))
+        (root / "plan.yaml").write_text(json.dumps(plan))  # JSON is YAML
+        return ["continual", "run", root / "plan.yaml", "-o", out]
+    more = ["--task.region", "8", "8", "8", "--train.accum", "1", "--statistics", "calibrate"] if scenario == "invert" else []
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        assert medssl(["pretrain", data, "-o", root / "encoder", "--preset", "small3d", *TINY, *RUN["accum"].split()]) == 0
+        assert medssl(["pretrain", data, "-o", root / "encoder", "--preset", "small3d", *TINY, *RUN["accum"].split(), *more]) == 0
+    if scenario == "invert":  # two generators, one after the other; images and codes
+        how = "--how.batch 3 --how.steps 12 --how.save-every 4 --how.lr 0.005 --how.z-channels 2 --how.widths 8 8 --how.cache 4 4 --how.bar False --how.work chunks --how.chunk 3 --how.store both".split()
+        return ["invert", root / "encoder", "-o", out / "pool", "--n", "6", "--device", "cpu", *how]
     return ["finetune", data, "-o", out, "--arms", "mine", root / "encoder", "--budgets", "2", "--seeds", "0", "1", "--steps", "4", "--batch", "2", "--region", "8", "8", "8", "--device", "cpu", "--bar", "False",
             "--predictions", "0", "--lr", "0.001", "0.01"]
 
 
 # ---------------------------------------------------------------- lives
 
-CLOCK = ("volumes_per_s", "wait")
+CLOCK = ("volumes_per_s", "wait")  # columns of a history
+TOOK = ("seconds", "seconds_per_image", "peak_bytes")  # of the report of a pool
 
 
 class Watch:
@@ -238,7 +250,7 @@ def whole(out):
     from medssl_nb.train.checkpoint import read_tensors, sha256_file, verify_checkpoint
 
     for f in out.rglob("*"):
-        hidden = any(p.startswith(".") for p in f.relative_to(out).parts)
+        hidden = any(p.startswith(".") for p in f.relative_to(out).parts) or ".work/pool/" in str(f)  # where a pool is put together before it appears
         if hidden or not f.is_file():
             continue
         if f.name == "history.jsonl":
@@ -264,13 +276,21 @@ def whole(out):
 
 
 def content(out):
-    "Every file and its bytes; of the history all but the clock's columns."
+    "Every file and its bytes; of histories and reports all but what the clock says, and of packets all but the hash of such a report."
     tree = {}
     for f in sorted(out.rglob("*")):
         name = str(f.relative_to(out))
         if f.is_dir() or f.name == ".lock":
             continue
-        tree[name] = [{k: v for k, v in json.loads(r).items() if k not in CLOCK} for r in f.read_text().splitlines()] if f.name == "history.jsonl" else f.read_bytes()
+        if f.name == "history.jsonl":
+            tree[name] = [{k: v for k, v in json.loads(r).items() if k not in CLOCK} for r in f.read_text().splitlines()]
+        elif f.name == "report.json":
+            tree[name] = {k: v for k, v in json.loads(f.read_text()).items() if k not in TOOK}
+        elif f.name in ("packet.json", "cost.json"):
+            d = json.loads(f.read_text())
+            tree[name] = {**d, "sha256": None, "files": {k: v for k, v in d.get("files", {}).items() if not k.endswith("report.json")}, "bytes": {k: v for k, v in d.get("bytes", {}).items() if k != "replay"}}
+        else:
+            tree[name] = f.read_bytes()
     return tree
 
 
@@ -363,7 +383,7 @@ def preload():
     import sklearn.linear_model  # noqa: F401
     import torch.distributed  # noqa: F401
 
-    for m in ("cli", "pretrain", "eval.transfer", "data.prepare", "data.ingest", "train.trainer", "tasks.mae", "tasks.pcrlv2"):
+    for m in ("cli", "pretrain", "eval.transfer", "data.prepare", "data.ingest", "train.trainer", "tasks.mae", "tasks.pcrlv2", "invert", "continual", "invcoss"):
         importlib.import_module("medssl_nb." + m)
 
 
@@ -457,8 +477,8 @@ def call(*words, timeout=900):
     return said
 
 
-FEW = dict(single=2, workers=2, accum=1, ddp=1, finetune=2, prepare=2)  # ten in `make test`
-MANY = dict(single=45, workers=45, accum=30, ddp=25, finetune=30, prepare=25, prepare2=5)  # 205 in `make test-all`
+FEW = dict(single=2, workers=2, accum=1, ddp=1, finetune=2, prepare=2, invert=2, invcoss=1)  # thirteen in `make test`
+MANY = dict(single=45, workers=45, accum=30, ddp=25, finetune=30, prepare=25, prepare2=5, invert=30, invcoss=20)  # 255 in `make test-all`
 
 
 @pytest.mark.parametrize("scenario", FEW)
@@ -481,7 +501,7 @@ def test_killed_at_file_operations(tmp_path, scenario, first, stride):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario, stride", [("accum", 1), ("finetune", 6), ("prepare", 1)])  # fine-tuning repeats the operations of its cells: every sixth of 600
+@pytest.mark.parametrize("scenario, stride", [("accum", 1), ("finetune", 6), ("prepare", 1), ("invert", 1)])  # fine-tuning repeats the operations of its cells: every sixth of 600
 def test_killed_at_every_file_operation(tmp_path, scenario, stride):
     said = call(scenario, tmp_path, "operations", 1, stride, timeout=3600)
     assert said["died"] > 60 and said["died"] == len(range(1, said["operations"] + 1, stride)), said

@@ -40,14 +40,15 @@ def remove_dir(
 
 def tidy(
     dir,        # folder in which directories appear and disappear
+    only:str='',# of one name: the neighbours may be somebody else's
 )->list:        # names of what was put back
     "Mend what killed processes left; only for the holder of the folder's lock."
     dir,back = Path(dir),[]
-    left = [(p, m) for p in dir.glob('.*') if (m := _LEFT.fullmatch(p.name)) and p.is_dir() and not p.is_symlink()]
+    left = [(p, m) for p in dir.glob('.*') if (m := _LEFT.fullmatch(p.name)) and m[1] == (only or m[1]) and p.is_dir() and not p.is_symlink()]
     for p,m in left:
         if m[3] == 'old' and not (dir/m[1]).exists(): os.rename(p, dir/m[1]); back.append(m[1])
         else: shutil.rmtree(p, ignore_errors=True)
-    sweep(dir)
+    if not only: sweep(dir)
     return back
 
 # %% ../../nbs/51_train.checkpoint.ipynb #da01cb9e
