@@ -107,16 +107,16 @@ class SiteConfig(Common[T, S]):
     leave_out:tuple[str,...]=('test',)    # splits that must not be trained on
     pool:Path|None=None           # invcoss: a ready pool of inverted volumes; None: made when the stage ends
 
-def train_defaults(preset:str)->TrainConfig:
+def train_defaults(method:str, preset:str)->TrainConfig:
     "How MedCoSS trained; small presets: what a laptop finishes in minutes."
-    if preset.startswith('small'): return TrainConfig(batch=16, lr=2e-3, momentum=.9, beta2=.95, weight_decay=.05, decay='weights', save_every=100)
+    if preset.startswith('small'): return TrainConfig(batch=16, lr=4e-3 if method == 'mim' else 2e-3, clip=1., momentum=.9, beta2=.95, weight_decay=.05, decay='weights', save_every=100)
     return TrainConfig(batch=128, accum=4, lr=1.5e-4, lr_per=256, momentum=.9, beta2=.95, weight_decay=.05, decay='weights')   # 512 cases a step, as four devices would
 
 def common(method:str, preset:str, strategy:str)->dict:
     "Defaults that fit these names."
     task = task_config(method, preset)
     small = dict(epochs=None, steps=300) if preset.startswith('small') else {}
-    return dict(task=task, settings=strategy_config(strategy), method=method, preset=preset, strategy=strategy, train=train_defaults(preset), **small)
+    return dict(task=task, settings=strategy_config(strategy), method=method, preset=preset, strategy=strategy, train=train_defaults(method, preset), **small)
 
 def word_in(words:list, name:str):
     "The value of a flag in a command line."

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TESTED', 'PYTHONS', 'CODECS', 'STAGES', 'MARK', 'Finding', 'ok', 'warning', 'error', 'installed', 'wanted',
-           'check_versions', 'cores', 'cpu_flags', 'check_cpu', 'check_gpu', 'ramp', 'sample_dicom', 'check_codecs',
-           'loads', 'check_viewer', 'need_of', 'check_disk', 'check_limits', 'check_temp', 'check_clock', 'check_git',
-           'check_by_doing', 'private', 'redacted', 'DoctorConfig', 'line', 'guarded', 'doctor']
+           'check_versions', 'cores', 'cpu_flags', 'check_cpu', 'check_bfloat16', 'check_gpu', 'ramp', 'sample_dicom',
+           'check_codecs', 'loads', 'check_viewer', 'need_of', 'check_disk', 'check_limits', 'check_temp',
+           'check_clock', 'check_git', 'check_by_doing', 'private', 'redacted', 'DoctorConfig', 'line', 'guarded',
+           'doctor']
 
 # %% ../nbs/92_doctor.ipynb #b952be12
 import contextlib
@@ -116,6 +117,17 @@ def check_cpu(
     out.append(warning('threads', f'{threads} threads of torch for {n} cores', f'export OMP_NUM_THREADS={n} (1, where several processes or loader workers run)') if threads > n else ok('threads', f'{threads} threads of torch for {n} cores'))
     if load > 1.5*n: out.append(warning('load', f'{load:.0f} programs want to run on {n} cores', 'others compute here too: timings mean little, and fewer threads are faster'))
     return out
+
+# %% ../nbs/92_doctor.ipynb #1a231341
+def check_bfloat16(tries:int=5)->list:
+    "Gradients of small convolutions in 16 bits on the processor, as PyTorch makes them and as the trainer does."
+    from torch import nn
+    from medssl_nb.nets.narrow import exact_kernels, wrong_gradients
+    layers = nn.ModuleList([nn.Conv3d(64, 64, 3, padding=1), nn.Conv3d(16, 16, 3, padding=1, stride=2)]); shapes = (4,64,2,4,4),(4,16,1,1,1)   # wrong with one thread and with several
+    look = lambda: max(wrong_gradients(l, s, tries) for l,s in zip(layers, shapes))
+    bare = look(); exact_kernels(layers); mended = look()
+    if mended: return [error('bfloat16', f'weight gradients of a small convolution were wrong in {mended} of {tries} tries, although it ran in single precision', 'train with --train.precision 32-true, and report this')]
+    return [ok('bfloat16', f'torch loses weight gradients of kernels wider than their map here ({bare} of {tries} tries); the trainer runs those in single precision' if bare else 'small convolutions are right')]
 
 # %% ../nbs/92_doctor.ipynb #f36e6a71
 def check_gpu(
@@ -412,7 +424,7 @@ def doctor(
     "Every check, one after the other; says what to do."
     need = need_of(cfg.manifest) if cfg.manifest else 0
     checks = [('versions', check_versions), ('clock', check_clock), ('git', check_git), ('temporary files', check_temp), ('disk', lambda: check_disk(need=need)), ('limits', check_limits),
-              ('codecs', check_codecs), ('viewer', check_viewer), ('processor', check_cpu), ('gpu', check_gpu)]
+              ('codecs', check_codecs), ('viewer', check_viewer), ('processor', check_cpu), ('bfloat16', check_bfloat16), ('gpu', check_gpu)]
     say = None if cfg.json else lambda n: print(f'         self-test: {n} ...', file=sys.stderr, flush=True)
     if cfg.selftest: checks.append(('self-test', lambda: check_by_doing(say=say)))
     found = []

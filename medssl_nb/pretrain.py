@@ -47,7 +47,7 @@ class PretrainConfig(Generic[T]):
 def mim_defaults(preset:str)->TrainConfig:
     "Masked modelling: AdamW with betas .9 and .95, weights alone decay, 40 epochs of 300 rise; a rate of 1.5e-4 for 256 cases, used for 512 (medcoss.md, section 5)."
     how = dict(optimizer='adamw', momentum=.9, beta2=.95, weight_decay=.05, decay='weights')
-    if preset.startswith('small'): return TrainConfig(steps=400, batch=16, lr=1e-3, warmup=40, save_every=100, **how)
+    if preset.startswith('small'): return TrainConfig(steps=400, batch=16, lr=4e-3, warmup=40, clip=1., save_every=100, **how)   # why: 47_tasks.mim, Settings
     epoch = dict([('2d', 377_110), ('3d', 125_000)])[preset]//512           # MIMIC-CXR-JPG; slabs of DeepLesion
     return TrainConfig(steps=300*epoch, batch=128, accum=4, lr=1.5e-4, lr_per=256, warmup=40*epoch, **how)
 

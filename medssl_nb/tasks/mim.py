@@ -21,9 +21,10 @@ from ..core import UserError
 from ..data.cases import channel_order
 from ..data.masking import kept_blocks
 from ..data.text import TextTokenizer, clean_report, mask_words
-from ..data.transforms import along, apply_turns, per_case, uniform, zscore
+from ..data.transforms import along, apply_turns, per_case, uniform
 from ..nets.vit import MaskDecoder, TextHead, UnifiedViT, kind_of, patchify
 from .base import Task
+from .supervised import NORMS, fixed_norm, input_norm
 
 # %% ../../nbs/47_tasks.mim.ipynb #6f515b0d
 def patch_target(
@@ -119,7 +120,7 @@ class MIMConfig:
     channels:tuple[str,...]|None=None      # modalities wanted from the data; None: all there are
     channels2d:int=3                       # of an image: colours are three, a single grey channel is copied
     channels3d:int=1                       # of a volume: one present modality is drawn for each case; M: all M
-    normalise:Literal['none','zscore']='none'  # of the image, before it is cut into patches
+    normalise:str='none'                   # of the image, before it is cut into patches: none, zscore, imagenet, fixed:MEAN:STD; small presets fixed:0.5:0.2
     # network
     width:int=768
     depth:int=12
@@ -161,6 +162,7 @@ class MIMConfig:
         for k in ('ratio','word_ratio'):
             if not 0 < getattr(self, k) < 1: bad(f'{k} is {getattr(self, k)}', 'a share between 0 and 1')
         if not 0 < self.crop[0] <= self.crop[1] <= 1: bad(f'crop {self.crop}', 'shares of the area in (0, 1]')
+        if self.normalise not in NORMS: fixed_norm(self.normalise)
         if self.eps <= 0: bad(f'eps is {self.eps}', 'above 0')
         for k in self.images:
             if not 0 < kept_blocks(prod(self.grid(k)), self.ratio) < prod(self.grid(k)): bad(f'ratio {self.ratio} of {prod(self.grid(k))} patches', 'some hidden and some not')
@@ -187,7 +189,7 @@ class MIMConfig:
     @classmethod
     def small(cls, **kw):
         "For lessons, tests and laptops."
-        return cls(**{**dict(region2d=(64,64), region3d=(32,32,32), patch2d=8, patch3d=8, width=128, depth=4, heads=4, decoder_width=64, decoder_depth=2, decoder_heads=4, vocab=512, text_length=64), **kw})
+        return cls(**{**dict(region2d=(64,64), region3d=(32,32,32), patch2d=8, patch3d=8, width=128, depth=4, heads=4, decoder_width=64, decoder_depth=2, decoder_heads=4, vocab=512, text_length=64, normalise='fixed:0.5:0.2'), **kw})
     @classmethod
     def small2d(cls, **kw): return cls.small(**{**dict(kinds=('2d',)), **kw})
     @classmethod
@@ -276,7 +278,7 @@ class MIM(Task):
         if kind not in c.images: raise UserError(f'images of shape {tuple(x.shape)} reached a task for {", ".join(c.kinds)}', f'{kind!r} among its kinds', 'choose the preset of the other dimension')
         names = c.channels if c.channels and len(c.channels) == x.shape[1] else None
         x = pick_channels(x, batch['present'], getattr(c, f'channels{kind}'), names, gen)
-        return zscore(x) if c.normalise == 'zscore' else x
+        return input_norm(x, c.normalise)
 
     def features(self, v):
         "`(B, n, D)`: class token and kept tokens of an image, all tokens of a report. What a teacher is compared with."

@@ -32,6 +32,7 @@ from torch import nn
 from ..config import save_yaml, to_dict
 from ..core import UserError, choose, die_with_parent, disk_errors, generator, read_json, write_json, write_jsonl
 from ..nets.heads import share_batchnorm
+from ..nets.narrow import exact_kernels
 from ..tasks.base import to_device
 from .checkpoint import export_encoder, fit_exactly, latest, load_checkpoint, method_of, own, prune, read_tensors, save_checkpoint, task_state, tidy
 from .schedule import KINDS, lr_at
@@ -241,6 +242,7 @@ class Trainer:
         if cfg.sync_batchnorm and fabric.world_size > 1: (nn.SyncBatchNorm.convert_sync_batchnorm if fabric.device.type == 'cuda' else share_batchnorm)(task)
         if cfg.channels_last:
             for p in task.parameters(): p.data = self.layout(p.data)
+        if fabric.device.type == 'cpu' and cfg.precision == 'bf16-mixed': exact_kernels(task)
         task.train(); self.peak = peak_rate(cfg, fabric.world_size)
         self.skipped,self.outline = 0,copy.deepcopy(task).to('meta') if cfg.strategy == 'fsdp' and fabric.world_size > 1 else None
         model = torch.compile(task) if cfg.compile else task
