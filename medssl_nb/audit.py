@@ -755,7 +755,7 @@ def audit(
         if f: features['network'] = f
     travels = [{**s, **s.get('statistics', {})} for s in (facts or {}).get('stages', ()) if any(n.startswith(f'statistics/{s["name"]}.') for n in facts['files'])]
     bench = Bench.of(site, features, cfg.patch, cfg.nearest)
-    r = audit_pool(pool, bench, losses, [read_pool(p)[0] for p in cfg.shadows], check_statistics(travels, allow=cfg.allow_few), cfg.draws, cfg.share, cfg.seed) | dict(format=1, stage=stage, pool_sha256=digest, channels=list(channels), spacing=list(spacing), packet=facts and packet_identity(facts))
+    r = audit_pool(pool, bench, losses, [images_of(Path(p))[0] for p in cfg.shadows], check_statistics(travels, allow=cfg.allow_few), cfg.draws, cfg.share, cfg.seed) | dict(format=1, stage=stage, pool_sha256=digest, channels=list(channels), spacing=list(spacing), packet=facts and packet_identity(facts))
     out = Path(cfg.out); (out/'private').mkdir(parents=True, exist_ok=True); os.chmod(out/'private', 0o700)
     write_json(out/'audit.json', r)
     with atomic(out/'audit.html') as t: t.write_text(audit_page(r), encoding='utf-8')

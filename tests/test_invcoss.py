@@ -130,6 +130,79 @@ def test_statistics_of_a_stage_afterwards(journey, root):
     refused("statistics", half / "stages" / "01_xr", "--data", root / "xr", says="is at step 1, which is not its last; expected a stage that has ended")
 
 
+def test_audit_of_codes(journey, root):
+    "A pool that is a generator and codes is drawn to be read, also where it is a shadow: the verdict is that on its images."
+    import numpy as np
+
+    from medssl_nb.data.cases import write_case, write_index
+
+    how = ["--how.steps", 2, "--how.z-channels", 4, "--how.widths", 8, 8, 8, "--how.cache", 4, 4, 4, "--how.bar", "False", "--device", "cpu"]
+    codes, images = root / "codes", root / "codes_images"
+    code, out, err = medssl("invert", journey / "packets" / "02_xr", "-o", codes, "--n", 12, "--how.store", "codes", *how)
+    assert code == 0, err
+    assert not (codes / "volumes").exists() and sorted(p.name for p in (codes / "generator").iterdir()) == ["block_0000.safetensors", "generator.json"]
+    code, out, err = medssl("render", codes, "-o", images)
+    assert code == 0 and len(list((images / "volumes").glob("*.b2nd"))) == 12, err
+    held, rng, said = root / "held", np.random.default_rng(0), {}
+    for i in range(12):  # nobody has seen these
+        write_case(held, dict(case=f"h-{i:02}", subject=f"h-s{i:02}", session="", group="", split="test", dims=2, channels=["xr"], spacing=[1.0, 1.0, 1.0], labels={}, fingerprint=str(i)), rng.random((1, 1, 32, 32)).astype(np.float32))
+    write_index(held)
+    for name, pool, shadow in (("codes", codes, images), ("images", images, codes)):
+        code, out, err = medssl("audit", pool, "--against", root / "xr", "--held", held, "-o", root / f"audit_{name}", "--shadows", shadow, "--nearest", 3, "--draws", 20)
+        assert code in (0, 1) and "Traceback" not in err, err
+        said[name] = json.loads((root / f"audit_{name}" / "audit.json").read_text())
+    assert said["codes"] == said["images"] and said["codes"]["pool"] == 12 and said["codes"]["persons"] == dict(training=24, held_out=12)
+    calibrated = [c["value"] for c in said["codes"]["checks"] if c["check"] == "membership: calibrated"]
+    assert calibrated and set(calibrated) == {0.5}, "a pool calibrated by itself says nothing about anybody"
+
+
+@pytest.fixture(scope="module")
+def solids(tmp_path_factory):
+    "Two stages of volumes of 16 voxels: gratings and lattices; a third of the persons is left out."
+    from medssl_nb.data.cases import write_case, write_index
+    from medssl_nb.data.patterns import pattern_phantom
+
+    at = tmp_path_factory.mktemp("solids")
+    for family, n in (("grating", 30), ("lattice", 18)):
+        x = pattern_phantom(family, n, dims=3)["image"].numpy()
+        for i in range(n):
+            row = dict(case=f"{family}-{i:02}", subject=f"{family}-s{i:02}", session="", group="", split="test" if i % 3 == 0 else "train", dims=3, channels=["ct"], spacing=[1.0, 1.0, 1.0], labels={}, fingerprint=str(i))
+            write_case(at / family, row, x[i], info=dict(intensity=dict(ct=dict(rule="unit"))))
+        write_index(at / family)
+    return at
+
+
+def test_volumes_through_the_loop(solids):
+    "Two stages in 3-D: statistics and a pool of volumes, replayed; the packet is verified, the audit reads it and goes into it."
+    import numpy as np
+
+    from medssl_nb.core import read_jsonl
+    from medssl_nb.data.cases import Prepared
+
+    settings = {**SETTINGS, "share": 0.5, "invert": {**INVERT, "steps": 40}, "last": False}
+    stages = [dict(name=s, data=str(solids / s)) for s in ("grating", "lattice")]
+    code, out, err = medssl("continual", "run", plan(solids, solids / "run", stages, "invcoss", settings, score=dict(scores=[]), steps=12))
+    assert code == 0 and "10 images made instead of keeping grating" in out, err
+    packet = solids / "run" / "packets" / "02_lattice"
+    f = facts(packet)
+    assert [s["kind"] for s in f["stages"]] == ["3d", "3d"] and f["patient_data"] is False and list(f["replay"]) == ["grating"] and f["replay"]["grating"]["kind"] == "inverted"
+    p = Prepared(packet / "replay" / "grating")
+    x = np.stack([p.read(r)[0] for r in p.rows]).astype(np.float32)
+    info = json.loads((packet / "statistics" / "grating.json").read_text())
+    assert x.shape == (10, 1, 16, 16, 16) and info["image"] == [1, 16, 16, 16] and len({v.tobytes() for v in x}) == 10
+    assert info["lo"][0] - 1e-2 <= x.min() < x.max() <= info["hi"][0] + 1e-2 and x.std() > 0.02
+    made_of = read_jsonl(packet / "replay" / "grating" / "history.jsonl")
+    assert len(made_of) == 40 and all(r["img"] > 0 for r in made_of) and made_of[-1]["loss"] < made_of[0]["loss"]
+    rows = read_jsonl(solids / "run" / "stages" / "02_lattice" / "history.jsonl")
+    old = [r for r in rows if r["old"]]
+    assert len(rows) - len(old) == 12 and len(old) >= 6 and all("fd" in r for r in old)
+    assert medssl("continual", "verify", packet)[0] == 0
+    code, out, err = medssl("audit", packet, "--against", solids / "grating", "-o", solids / "audit", "--nearest", 3, "--draws", 20, "--repeats", 1)
+    r = json.loads((solids / "audit" / "audit.json").read_text())
+    assert code in (0, 1) and r["shape"] == [1, 16, 16, 16] and r["pool"] == 10 and r["persons"] == dict(training=20, held_out=10) and "network" in r["spaces"], err
+    assert medssl("continual", "verify", packet)[0] == 0 and facts(packet)["audited"] and {n: h for n, h in files(packet, "replay/").items()} == {n: h for n, h in f["files"].items() if n.startswith("replay/")}
+
+
 def in_a_process(root, out, batch):
     "A plan of two stages, in which each process writes down whether it inverted, and which old images it was given; then statistics of one network, by all processes together."
     import hashlib
