@@ -48,8 +48,8 @@ def plan(data, out, arm, seed, steps=450, batch=64, lam=1e-2, cases=400, device=
     return ContinualConfig(**{**base, "steps": steps, "warmup": 50 / 450, "stages": stages, "out": Path(out) / f"{arm}_s{seed}", "score": score})
 
 
-def report(out, name, what):
-    "results/NAME.{json,md} and two figures: every arm and seed that is finished."
+def report(out, name, what, results=Path(__file__).parent.parent / "results"):
+    "NAME.{json,md} and two figures: every arm and seed that is finished."
     rows, costs = [], {}
     for f in sorted(Path(out).glob("*_s*/result.json")):
         arm = f.parent.name.rsplit("_s", 1)[0]
@@ -60,7 +60,6 @@ def report(out, name, what):
     rows.sort(key=lambda r: ARMS.index(r["strategy"]))
     found = summarise_runs(rows)
     names = {r["stage"]: r.get("name") or str(r["stage"]) for r in rows}
-    results = Path(__file__).parent.parent / "results"
     note = Path(__file__).parent / f"{name}_verdict.md"  # written by a person who read the tables
     text = [note.read_text() if note.exists() else f"# {what}\n", f"![forgetting and learning]({name}.png)", "", f"![curves]({name}_curves.png)", ""]
     for score in dict.fromkeys(r["score"] for r in found["table"]):
