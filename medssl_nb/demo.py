@@ -259,17 +259,19 @@ def story_words(rises:list)->str:
     "What they say, without more confidence than they have."
     from medssl_nb.eval.metrics import mean_interval
     by = {r['way']: r for r in rises}; seq = by['sequential']; clear = lambda i: i['low'] is not None and i['low'] > 0
-    span = lambda i: '' if i['low'] is None else f' (95 % interval {i["low"]:+.3f} to {i["high"]:+.3f})'
-    text = [f'With nothing kept the error on A\'s X-rays went from {seq["first"]:.3f} to {seq["last"]:.3f}: {seq["rise"]["mean"]:+.3f}{span(seq["rise"])}.']
+    num = lambda v: f'{round(v, 3) + 0.:+.3f}'
+    span = lambda i: '' if i['low'] is None else f' (95 % interval {num(i["low"])} to {num(i["high"])})'
+    text = [f'With nothing kept the error on A\'s X-rays went from {seq["first"]:.3f} to {seq["last"]:.3f}: {num(seq["rise"]["mean"])}{span(seq["rise"])}.']
     if not clear(seq['rise']): return text[0] + ' That is no forgetting these people could show, so **there was nothing to remember** here.'
     for w in ('lwf', 'medcoss', 'invcoss'):
         gain = mean_interval([seq['each'][s] - by[w]['each'][s] for s in seq['each']]); kept = 1 - by[w]['rise']['mean']/seq['rise']['mean']
-        text.append(f'With {WAYS[w]} it changed by {by[w]["rise"]["mean"]:+.3f}{span(by[w]["rise"])}: ' + (f'**{min(kept, 1):.0%} of the forgetting did not happen**.' if clear(gain) else '**no less than without, as far as these people can show**.'))
+        text.append(f'With {WAYS[w]} it changed by {num(by[w]["rise"]["mean"])}{span(by[w]["rise"])}: ' + (f'**{min(kept, 1):.0%} of the forgetting did not happen**.' if clear(gain) else '**no less than without, as far as these people can show**.'))
     for w,what in dict(medcoss='as many real ones', lwf='the old network alone').items():
         d = mean_interval([by['invcoss']['each'][s] - by[w]['each'][s] for s in seq['each']])
         how = 'did **worse** than' if clear(d) else 'did **better** than' if d['high'] is not None and d['high'] < 0 else 'were **not told apart** from'
-        text.append(f'Made images {how} {what}: {d["mean"]:+.3f}{span(d)}.')
-    return ' '.join(text)
+        text.append(f'Made images {how} {what}: {num(d["mean"])}{span(d)}.')
+    if not any(clear(mean_interval([by['lwf']['each'][s] - by[w]['each'][s] for s in seq['each']])) for w in ('medcoss', 'invcoss')): text.append('So **nothing here shows that old images were needed at all**: the old network did it alone.' if clear(mean_interval([seq['each'][s] - by['lwf']['each'][s] for s in seq['each']])) else '')
+    return ' '.join(text).strip()
 
 # %% ../nbs/89_demo.ipynb #5b0a1c18
 def answers(
@@ -406,8 +408,8 @@ def story_page(page, cfg:DemoConfig, story:dict):
     page.text(f'In the finer half (waves shorter than {wave:.0f} mm) made images hold **{share:.0%}** of the power of real ones' + ('; they lack most of the fine detail.' if share < .5 else '.'))
     q = story['audit']; c = {x['check']: x for x in q['checks']}.get('membership: loss of the network itself')
     page.section('7. What travels').table(travels(story['packets'])).text(f'The packet of `invcoss` says of itself: "{packet.facts["patient_data_words"]}"')
-    page.text(f'Made is not the same as private. So A compares its packet with its own patients before it leaves: {q["persons"]["training"]} who were learnt from and {q["persons"]["held_out"]} who were not. {len(q["checks"])} checks are also run on a pool into which a tenth of patients was smuggled; a check that does not notice **could not see**, and its silence means nothing.').table(audit_table(q['checks']))
-    (page.warn if q['alarm'] or not q['decided'] or q['network_leaks'] else page.text)(f'The verdict: **{q["verdict"]}**')
+    page.text(f'Made is not the same as private. So A compares its packet with its own patients before it leaves: {q["persons"]["training"]} who were learnt from and {q["persons"]["held_out"]} who were not. {len(q["checks"])} checks ask how like them the made images are. Each is also tried on a pool of which a tenth was exchanged for patients; a check that does not notice that **could not see**, and its silence means nothing.').table(audit_table(q['checks']))
+    (page.warn if q['alarm'] or not q['decided'] or q['network_leaks'] else page.text)('The verdict: **' + q['verdict'].replace('. ', '.** ', 1))
     page.text((f'Of one person it learnt from and one it did not, the network itself errs less on the first in {c["value"]:.0%} of pairs (chance: 50 %; 95 % interval {c["low"]:.0%} to {c["high"]:.0%}). ' if c else '') + ('Hospital B asks for an audit without an alarm (`medssl continual verify PACKET --audited`), and took the packet.' if story['taken'] else 'Hospital B, asking for an audit without an alarm (`medssl continual verify PACKET --audited`), **would not have taken this packet**; the demo goes on to show the rest.') + ' The whole report lies in the packet: `story/invcoss/packets/01_xray/audit/xray.html`.')
     page.section('8. What this shows, and what it does not').text('It shows the parts at work: a packet that another house can check and go on from, images that come from weights, an audit that is tried on a pool that cheats, and a measure of forgetting with people nobody learnt from.\n\n'
         'It does not show that one way is better than another: there is one seed, one pair of data sets, phantoms, and a tiny network. Three in ten images are kept or made where the papers use one in twenty. What `lwf` reaches without a single old image is the mark that kept images, real or made, have to beat; the sentences under the table say whether they did here. And an audit without an alarm is evidence, not a guarantee: weights travel too. Experiments with seeds and intervals are in `experiments/` and `results/`.')
