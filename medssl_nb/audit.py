@@ -57,6 +57,7 @@ def to_grey(x, low:float, high:float)->np.ndarray:
 
 def _weights(shape): return np.random.default_rng(seed_of('patch', *shape) % 2**63).integers(0, 2**64, shape, np.uint64) | np.uint64(1)
 
+# %% ../nbs/73_audit.ipynb #ae15c43a
 def grid_keys(
     x8:np.ndarray,       # `(C, *S)` uint8
     patch:tuple,         # sides, voxels
@@ -82,6 +83,7 @@ def all_keys(
         out.append(total.ravel())
     return np.concatenate(out)
 
+# %% ../nbs/73_audit.ipynb #f128e80c
 def patch_matches(
     pool, site,          # `(m, C, *S)` and `(n, C, *S)` tensors; or the keys of a site, from `site_keys`
     grey:tuple,          # intensities that become 0 and 255
@@ -125,6 +127,7 @@ def turned(
     grid = F.affine_grid(torch.cat([A, torch.zeros(len(A), d, 1)], 2), (len(A), *x.shape), align_corners=False)
     return F.grid_sample(x.float().expand(len(A), *x.shape), grid, padding_mode='border', align_corners=False)
 
+# %% ../nbs/73_audit.ipynb #52f6e515
 def shell_map(S:tuple)->torch.Tensor:
     "Shell of each frequency of a real transform, longest wave 1."
     d = len(S); r = np.sqrt(sum((np.fft.fftfreq(n) if k < d-1 else np.fft.rfftfreq(n)).reshape([-1 if j == k else 1 for j in range(d)])**2 for k,n in enumerate(S)))
@@ -156,6 +159,7 @@ def as_smooth(
     X,P = (torch.fft.rfftn(v.float() - mean(v.float()), dim=dims) for v in (x, pool)); h = (shell_power(P, shell).mean(0)/shell_power(X, shell).mean(0)).sqrt()
     return damped(X, h.expand(len(X), -1), shell, S) + mean(x.float())
 
+# %% ../nbs/73_audit.ipynb #7a4cac4d
 def best_match(
     s,              # `(C, *S)`, a volume
     xs,             # `(c, C, *S)`, candidates
@@ -280,7 +284,7 @@ class Site:
         both = {s for s,m in zip(self.subject, self.member) if m} & {s for s,m in zip(self.subject, self.member) if not m}
         if both: raise UserError(f'{len(both)} person(s) are among the members and among the held-out', 'patients kept apart', 'split by subject')
         n,h = len(self.people(True)),len(self.people(False))
-        if n < 10 or h < 10: raise UserError(f'{n} training and {h} held-out persons', 'at least 10 each', 'without patients the network has not seen, being near a training patient means nothing: mark some at prepare, or give a folder of them with --held')
+        if n < 10 or h < 10: raise UserError(f'{n} training and {h} held-out persons', 'at least 10 each', 'without patients the network has not seen, being near a training patient means nothing: mark some before training (medssl prepare … --test-share 0.2), or give a folder of them with --held')
     def people(self, member): return {s for s,m,c in zip(self.subject, self.member, self.canary) if m == member and not c}
     def rows(self, member): return np.flatnonzero((self.member == member) & ~self.canary)
 
@@ -575,6 +579,7 @@ def histogram(a, b, bins:int=24)->dict:
     lo,hi = float(min(a.min(), b.min())),float(max(a.max(), b.max())); e = np.linspace(lo, hi if hi > lo else lo+1, bins+1)
     return dict(edges=[float(v) for v in e], pool=np.histogram(a, e)[0].tolist(), patients=np.histogram(b, e)[0].tolist())
 
+# %% ../nbs/73_audit.ipynb #20100b1e
 def audit_pool(
     pool,                    # `(m, C, *S)` tensor
     bench:Bench,             # the site, measured
@@ -739,6 +744,7 @@ def packet_task(path, facts):
     if odd := sorted(k for k in own.keys() | have.keys() if k not in own or k not in have or own[k].shape != have[k].shape): raise UserError(f'{len(odd)} tensors of the packet do not fit its own settings, e.g. {odd[0]}', 'the network it describes')
     task.load_state_dict(have); return task
 
+# %% ../nbs/73_audit.ipynb #b95d9c6b
 def audit(
     cfg:AuditConfig,
 )->dict:        # out: the page; exit: 1 if there is an alarm, or if nothing could be decided; result
@@ -760,7 +766,7 @@ def audit(
     write_json(out/'audit.json', r)
     with atomic(out/'audit.html') as t: t.write_text(audit_page(r), encoding='utf-8')
     if facts is not None and cfg.seal: add_audit(cfg.packet, stage, r, audit_page(r)); print(f'{Path(cfg.packet).name} now holds this audit; it is sealed anew')
-    which = sorted({i for c in r['checks'] for i in c.get('which', ())})
+    print(r['verdict']); which = sorted({i for c in r['checks'] for i in c.get('which', ())})
     write_jsonl(out/'private'/'suspects.jsonl', suspects(pool[which], which, names, bench))
     return dict(out=out/'audit.html', exit=int(r['alarm'] or not r['decided']), result=r)
 

@@ -85,6 +85,7 @@ class Common(Generic[T, S]):
     train:TrainConfig=field(default_factory=TrainConfig)  # the loop; steps and warmup are set by the above
     resume:Literal['auto','must','force','never']='auto'
 
+# %% ../nbs/71_continual.ipynb #6e276c37
 @dataclass
 class ContinualConfig(Common[T, S]):
     "A sequence of stages on one machine."
@@ -107,6 +108,7 @@ class SiteConfig(Common[T, S]):
     leave_out:tuple[str,...]=('test',)    # splits that must not be trained on
     pool:Path|None=None           # invcoss: a ready pool of inverted volumes; None: made when the stage ends
 
+# %% ../nbs/71_continual.ipynb #77500558
 def train_defaults(method:str, preset:str)->TrainConfig:
     "How MedCoSS trained; small presets: what a laptop finishes in minutes."
     if preset.startswith('small'): return TrainConfig(batch=16, lr=4e-3 if method == 'mim' else 2e-3, clip=1., momentum=.9, beta2=.95, weight_decay=.05, decay='weights', save_every=100)
@@ -151,6 +153,7 @@ def find_prepared(
         raise UserError(f'{path} is a folder without an index', 'a prepared folder', f'medssl ingest {path} -o manifest; medssl prepare manifest -o prepared')
     return Prepared(p),None
 
+# %% ../nbs/71_continual.ipynb #b2aa2a43
 class StageData:
     "The cases of a stage: `.train`, `.test`, `.kind`."
     def __init__(self, stage:StageConfig):
@@ -181,6 +184,7 @@ class StageData:
         f = dict(fingerprint([dict(r, channels=['report'], dims=1) for r in self.train]) if self.kind == 'text' else fingerprint(list(self.train)))
         return dict(name=self.name, kind=self.kind, channels=self.channels, cases=f['cases'], subjects=f['subjects'], data=f['sha256'])
 
+# %% ../nbs/71_continual.ipynb #df0d0fb2
 def reads(task)->dict:
     "What a task can look at: family -> region."
     kinds = getattr(task.cfg, 'kinds', None)
@@ -212,6 +216,7 @@ def give_words(task, data:StageData):
     "The first stage of reports makes the vocabulary; later ones find it with the weights."
     if data.kind == 'text' and hasattr(task, 'set_tokenizer') and not task.encoder.words.any(): task.set_tokenizer(train_tokenizer((r['text'] for r in data.train), task.cfg.vocab))
 
+# %% ../nbs/71_continual.ipynb #c8dd513f
 def draw_pools(packet:Packet, out):
     "Pools that travel as a generator and codes become images, once, in the run folder."
     for name,where in packet.replay().items():
@@ -235,6 +240,7 @@ def mix_cases(strategy, new, old:dict, name:str):
     if strategy.old == 'beside': return Beside(new, old, draws=2, name=name)
     return Mixed(new, old, name=name) if ratio is None else Mixed(new, old, 'ratio', ratio, name)
 
+# %% ../nbs/71_continual.ipynb #7135a73d
 def new_steps(cfg:Common, stage:StageConfig, n:int, group:int)->int:
     "Steps on new data: of the stage, of the plan, or so many epochs."
     if stage.steps or cfg.steps: return stage.steps or cfg.steps
@@ -250,6 +256,7 @@ def shared_settings(cfg:Common, planned:int)->dict:
     c = {k: to_dict(getattr(cfg, k)) for k in ('strategy', 'settings', 'method', 'preset', 'task', 'epochs', 'steps', 'warmup', 'reset_decoder', 'train')}
     return json.loads(json.dumps({**c, 'planned': planned}))
 
+# %% ../nbs/71_continual.ipynb #1a1de5b7
 class Scene:
     "Task, cases, strategy and numbers of one stage."
     def __init__(self, cfg:Common, data:StageData, before:Packet|None, planned:int, world:int=1, drawn=None):
@@ -311,6 +318,7 @@ class Team:
     def say(self, text:str):
         if self.rank == 0: print(text)
 
+# %% ../nbs/71_continual.ipynb #6205efe2
 def in_order(cases, batch:int, device, rows=None):
     "Batches of the cases one after the other, the last one perhaps smaller."
     rows = range(len(cases)) if rows is None else rows
@@ -340,6 +348,7 @@ def make_buffer(scene:Scene, task, out, device)->tuple:
     every = data.train; write_buffer(data.prepared, [every[int(i)] for i in rows], out, data.name, rule, how, of=n)
     return Path(out),said
 
+# %% ../nbs/71_continual.ipynb #98c7b6b7
 def finish_stage(scene:Scene, run, to, device)->Path:
     "From the last checkpoint to the packet; only for the first process."
     run,s = Path(run),scene.strategy
@@ -362,6 +371,7 @@ def write_cost(p:Packet, run)->Packet:
     sweep(run); write_json(Path(run)/'cost.json', {**p.stages[-1]['cost'], 'bytes': {k: p.bytes(f'{k}/') for k in ('model', 'decoders', 'replay', 'statistics', 'strategy')}})
     return p
 
+# %% ../nbs/71_continual.ipynb #ce0f97b3
 def whole_stage(rows:list, total:int, name:str):
     "Half a stage is no stage, so no packet: `max_minutes` ends the command."
     if rows and rows[-1]['step'] < total: raise Stopped(f'stage {name} is at step {rows[-1]["step"]} of {total}; the same command continues')
@@ -404,6 +414,7 @@ def case_loss(task, cases, device, seed:int)->list:
         for m in modes: m.training = True
     return out
 
+# %% ../nbs/71_continual.ipynb #3938a00c
 def refitter(task, cases, cfg:Common, score:ScoreConfig, device):
     "One decoder-only step at a time."
     shared = task.stage_parts()[0]; own = [p for n,p in task.named_parameters() if not belongs(n, shared)]
@@ -422,6 +433,7 @@ def segment_rows(cfg:Common, score:ScoreConfig, data:StageData, after:int, packe
     got = probe(ProbeConfig(data=data.prepared.dir, out=Path(at)/f'segment_{after:02d}_{data.name}', arms=dict(encoder=str(packet.path/'model')), kind='segment', budgets=(score.labels,), seeds=(cfg.train.seed,), steps=score.segment_steps, channels=tuple(data.channels), region=tuple(region), leave_unlabelled=True, predictions=0, bar=False))
     return [(r['subject'], r['dice']) for r in got['rows'] if r['arm'] == 'encoder']
 
+# %% ../nbs/71_continual.ipynb #a0aa7020
 def score_stage(
     cfg:Common, score:ScoreConfig,
     data:StageData,     # of the stage that is scored
@@ -468,6 +480,7 @@ def score_stage(
         rows += [dict(base, score='segment', value=float(v), subject=s) for s,v in segment_rows(cfg, score, data, after, packet, at, region_of(task, data.kind))]
     return rows
 
+# %% ../nbs/71_continual.ipynb #ee4a509b
 def evaluate_stage(
     cfg:ContinualConfig,
     datas:list,         # `StageData` of all stages
@@ -511,9 +524,10 @@ def joint_stage(cfg:ContinualConfig, datas:list, team:Team)->Packet:
     team.lead(end)
     return Packet(to)
 
+# %% ../nbs/71_continual.ipynb #f7ae41ba
 def check_plan(cfg:ContinualConfig):
     "What can be refused before anything is read."
-    if not cfg.stages: raise UserError('a plan without stages', 'stages: a list with name and data')
+    if not cfg.stages: raise UserError('a plan without stages', 'stages: a list with name and data', 'medssl continual run plan.yaml; experiments/continual.yaml is one')
     if cfg.out is None: raise UserError('no place to write', '--out runs/NAME')
     names = [s.name for s in cfg.stages]
     if len(set(names)) < len(names): raise UserError(f'stage {next(n for n in names if names.count(n) > 1)!r} is named twice', 'a name for each stage')
@@ -532,6 +546,8 @@ def all_stages(cfg:ContinualConfig, team:Team)->dict:
     start = Packet(cfg.start) if cfg.start else None
     planned = cfg.planned or len(cfg.stages) + (len(start.stages) if start else 0); cfg = replace_plan(cfg, planned)
     datas = [StageData(s) for s in cfg.stages]; packet = start; first = len(start.stages) if start else 0
+    bare = [d.name for d in datas if not len(d.test)] if cfg.score.scores and not start else []
+    if bare: team.say(f'{", ".join(bare)}: nobody is left out of training, so scores are taken on what was learnt from; medssl prepare MANIFEST -o NEW --test-share 0.2 puts people aside')
     team.lead(lambda: (out.mkdir(parents=True, exist_ok=True), save_yaml(cfg, out/'plan.yaml', 'medssl continual run plan.yaml'))); rows = []
     scored = lambda after, p: team.lead(lambda: evaluate_stage(cfg, datas, after, p, team.device)) if cfg.score.scores and not start else None
     rows += scored(0, None) or []
@@ -541,8 +557,10 @@ def all_stages(cfg:ContinualConfig, team:Team)->dict:
             name = f'{first+i+1:02d}_{s.name}'
             packet = do_stage(cfg, s, packet, out/'stages'/name, out/'packets'/name, planned, team); rows += scored(i+1, packet) or []
     result = team.lead(lambda: write_result(cfg, rows, out))
+    if rows: team.say(f'what was learnt and what was forgotten: {out.name}/result.md')
     return dict(out=out, rows=rows, result=result, packet=packet)
 
+# %% ../nbs/71_continual.ipynb #3c0739a4
 def replace_plan(cfg, planned:int):
     "The same plan that knows how many stages there are; the types of its settings stay known."
     new = replace(cfg, planned=planned)

@@ -469,6 +469,7 @@ def inner_task(at, task, settings:dict):
     if not card.is_file() or read_json(card)['step'] != state['step']: raise UserError(f'stage {settings["stage"]["name"]!r} is at step {state["step"]}, which is not its last', 'a stage that has ended', 'the command that began it continues it')
     fit_exactly(task, {n[5:]: t for n,t in read_tensors(at/'model.safetensors').items() if n.startswith('task.')}, at.name)
 
+# %% ../nbs/70_invert.ipynb #3d315428
 @dataclass
 class StatisticsConfig:
     "Record what an inversion needs, from a finished run and the images it was trained on."

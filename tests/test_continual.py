@@ -70,7 +70,8 @@ def journey(root):
     score = dict(scores=["own", "refit", "linear", "knn", "cka", "segment"], refit_steps=3, cases=8, neighbours=3, labels=4, segment_steps=2)
     code, out, err = medssl("continual", "run", plan(root, root / "three", score=score))
     assert code == 0, err
-    assert out.strip().splitlines()[-1] == str(root / "three")
+    assert out.strip().splitlines()[-2:] == ["what was learnt and what was forgotten: three/result.md", str(root / "three")]
+    assert "nobody is left out" not in out
     return root / "three"
 
 
@@ -177,6 +178,7 @@ def test_bad_plans_are_one_sentence(root):
     (empty / "reports.jsonl").write_text("\n".join(rows[:3] + [json.dumps({**json.loads(rows[4]), "text": "  "})]) + "\n")
     run("have no words", stages=[dict(name="report", data=str(empty))])
     refused("continual", "rn", "x", says="did you mean 'run'?")
+    refused("continual", "run", says=["a plan without stages", "medssl continual run plan.yaml"])
     refused("continual", "run", root / "nowhere.yaml", says="no settings file")
     refused("continual", "verify", root / "xr", says="has no packet.json")
     refused("continual", "stage", "--data", root / "xr", says="--to packets/NEXT")

@@ -200,6 +200,7 @@ def test_volumes_through_the_loop(solids):
     code, out, err = medssl("audit", packet, "--against", solids / "grating", "-o", solids / "audit", "--nearest", 3, "--draws", 20, "--repeats", 1)
     r = json.loads((solids / "audit" / "audit.json").read_text())
     assert code in (0, 1) and r["shape"] == [1, 16, 16, 16] and r["pool"] == 10 and r["persons"] == dict(training=20, held_out=10) and "network" in r["spaces"], err
+    assert r["verdict"] in out, "the sentence that says it is said, not only written"
     assert medssl("continual", "verify", packet)[0] == 0 and facts(packet)["audited"] and {n: h for n, h in files(packet, "replay/").items()} == {n: h for n, h in f["files"].items() if n.startswith("replay/")}
 
 
