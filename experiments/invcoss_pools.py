@@ -34,7 +34,7 @@ POOLS = {
     "plain decoder": replace(FULL, generator="plain"),
     "free voxels": replace(FULL, generator="voxels"),
 }
-STAGES = ("01_grating", "02_lattice")
+STAGES = ("01_grating", "02_lattice")  # packets
 
 
 def real_images(data, stage, split):
@@ -155,13 +155,13 @@ def report(a):
     from medssl_nb.plot.volume import png
 
     cells = {}
-    for at in STAGES:
+    for at in a.stages:
         for s in a.seeds:
             for n in POOLS:
                 if (f := a.out / f"{at}_s{s}_{n.replace(' ', '_')}.json").is_file():
                     cells[at, s, n] = read_json(f)
     results = Path(__file__).parent.parent / "results"
-    text = [line for at in STAGES if any(k[0] == at for k in cells) for line in table(cells, at)]
+    text = [line for at in a.stages if any(k[0] == at for k in cells) for line in table(cells, at)]
     kept = storage(a.runs, a.seeds)
     real = {"ours": next(iter(kept.values())), "paper": kept["paper, CT: 6 250 slabs of int16 (5 %)"]}
     text += ["## (e) What travels for replay", "", "| | bytes | the real buffer is so many times larger |", "|---|---:|---:|"]
@@ -183,11 +183,12 @@ def main():
     ap.add_argument("--out", type=Path, required=True)
     ap.add_argument("--seeds", type=int, nargs="*", default=(0, 1, 2))
     ap.add_argument("--pools", nargs="*", default=tuple(POOLS))
+    ap.add_argument("--stages", nargs="*", default=STAGES[:1], choices=STAGES)
     ap.add_argument("--report", action="store_true")
     a = ap.parse_args()
     torch.set_num_threads(1)
     for seed in () if a.report else a.seeds:
-        for at in STAGES:
+        for at in a.stages:
             for name in a.pools:
                 f = a.out / f"{at}_s{seed}_{name.replace(' ', '_')}.json"
                 if f.is_file():
