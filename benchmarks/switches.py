@@ -24,6 +24,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
 from medssl_nb.core import generator  # noqa: E402
+from medssl_nb.nets.narrow import exact_kernels  # noqa: E402
 from medssl_nb.nets.nnunet import PlainEncoder, ResEncEncoder  # noqa: E402
 from medssl_nb.nets.swin3d import SwinEncoder  # noqa: E402
 from medssl_nb.nets.unet import ResNetEncoder, UNetEncoder  # noqa: E402
@@ -84,6 +85,8 @@ def tasks():
 class Variant:
     def __init__(self, task, views, bits=32, last=False, compiled=False):
         self.task, self.bits, self.times = copy.deepcopy(task).train(), bits, []
+        if bits == 16:
+            exact_kernels(self.task)  # as the trainer does
         if last:
             for p in self.task.parameters():
                 p.data = layout(p.data)

@@ -310,7 +310,7 @@ def real_mri(real, root):
             image, seg = (fit(v, SLAB) for v in (p.read(r)[0], p.read_seg(r)))
             yield (
                 dict(
-                    case=r["case"], subject=r["subject"], channels=["mr"], split=r["split"], labels=dict(r["labels"]), spacing=r["spacing"]
+                    case=r["case"], subject=r["subject"], channels=["mr"], split=r["split"], labels=dict(r["labels"], sequence="t1"), spacing=r["spacing"]
                 ),
                 image,
                 seg,

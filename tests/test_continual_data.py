@@ -83,6 +83,40 @@ def test_slabs(tmp_path):
     assert fit(np.ones((1, 5, 2)), (3, 4)).tolist() == [[[0, 1, 1, 0]] * 3]
 
 
+def test_experiments_plan_run_and_report(tmp_path, capsys):
+    "Every arm of the experiments has a plan; two of them run, and the report counts forgetting as the rows say."
+    from dataclasses import replace
+
+    import continual_five
+    import continual_small
+
+    from medssl_nb.continual import run
+    from medssl_nb.core import read_json, read_jsonl
+
+    write_patterns(tmp_path / "data", 12, 2, test=8)
+    data = tmp_path / "data"
+    plans = {a: continual_small.plan(data, tmp_path / "runs", a, 0, steps=4, batch=4, cases=8) for a in continual_small.ARMS}
+    assert {a for a, p in plans.items() if p.strategy == "invcoss"} == set(continual_small.VARIANTS) and all(p.train.clip == 1 for p in plans.values())
+    assert [plans[a].settings.invert.a_rep for a in ("invcoss", "tv", "task_statistics")] == [1, 0, 0] and plans["mim"].settings.objective == "pretext"
+    made = plans["invcoss"]
+    made.settings.few, made.settings.share = True, 0.5
+    made.settings.invert = replace(made.settings.invert, steps=3, batch=4)
+    for p in (plans["sequential"], made):
+        run(replace(p, warmup=0.25, stages=p.stages[:2], score=replace(p.score, scores=("own", "refit"), refit_steps=2)))
+    continual_small.report(tmp_path / "runs", "small", "a test", tmp_path)
+    found = read_json(tmp_path / "small.json")
+    rows = list(read_jsonl(tmp_path / "runs" / "sequential_s0" / "rows.jsonl"))
+    mean = lambda stage, after: np.mean([r["value"] for r in rows if (r["score"], r["stage"], r["after"]) == ("own", stage, after)])
+    rise = mean(1, 2) - mean(1, 1)
+    assert abs(next(r for r in found["table"] if (r["strategy"], r["score"], r["measure"]) == ("sequential", "own", "forgetting"))["mean"] - rise) < 1e-6
+    text = (tmp_path / "small.md").read_text()
+    assert "| invcoss |" in text and "| sequential | 0 | no |" in text and (tmp_path / "small_curves.png").stat().st_size > 1000
+    (tmp_path / "five").mkdir()
+    (tmp_path / "five" / "stages.json").write_text('[{"name": "xray", "target": "label"}, {"name": "ct", "target": null}]')
+    five = {a: continual_five.plan(tmp_path / "five", tmp_path / "out", a, 1) for a in continual_five.FIVE}
+    assert all([s.name for s in p.stages] == ["xray", "ct"] and p.train.seed == 1 and p.strategy == a for a, p in five.items())
+
+
 def test_without_real_data_it_says_so(tmp_path):
     r = subprocess.run([sys.executable, str(ROOT / "experiments" / "continual_data.py"), str(tmp_path / "out"), "--real", str(tmp_path)], capture_output=True, text=True)
     assert r.returncode == 1 and "SKIPPED: no MANIFEST.csv" in r.stderr and not (tmp_path / "out").exists()

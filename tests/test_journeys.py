@@ -12,7 +12,7 @@ def test_from_nothing_to_a_page(tmp_path, capsys):
     from medssl_nb.data.volume import read_volume
     from medssl_nb.demo import DemoConfig, demo
 
-    cfg = DemoConfig(out=tmp_path / "demo", heads=12, steps=3, finetune_steps=3, budgets=(2, 4), seeds=(0, 1), jobs=1)
+    cfg = DemoConfig(out=tmp_path / "demo", heads=12, steps=3, finetune_steps=3, budgets=(2, 4), seeds=(0, 1), jobs=1, people=100, others=10, story_steps=3, inversion_steps=3)
     made = demo(cfg)
     out = tmp_path / "demo"
 
@@ -46,16 +46,63 @@ def test_from_nothing_to_a_page(tmp_path, capsys):
 
     # the page: self-contained, with its figures, and no name of a file's folder in it
     html = made["out"].read_text()
-    assert html.count("<img ") >= 5 and not re.findall(r'(?:src|href)="(?!data:)[^"]*"', html)
+    assert html.count("<img ") == 10 and html.count("<h2>") == 9 and not re.findall(r'(?:src|href)="(?!data:)[^"]*"', html)
     assert "Traceback" not in html and str(tmp_path) not in html and "sub-0" not in html
 
+    # steps are counted; what one hospital gives to the next holds nobody's image unless it says so, and B's packet carries A's audit
+    from medssl_nb.packet import Packet
+
+    said = capsys.readouterr().out
+    assert re.findall(r"^\[(\d)/8\]", said, flags=re.M) == list("12345678")
+    ends = {w: Packet(out / "story" / w / "packets" / "02_head") for w in ("sequential", "lwf", "medcoss", "invcoss")}
+    assert {w for w, k in ends.items() if k.facts["patient_data"]} == {"medcoss"}
+    assert "audit/xray.html" in ends["invcoss"].facts["files"] and ends["invcoss"].facts["audit"]["xray"]["verdict"][:40] in html
+    assert {(r["strategy"], r["score"], r["after"], r["stage"]) for r in made["story"]["rows"]} == {(w, s, a, k) for w in ends for s in ("own", "refit") for a, k in ((1, 1), (2, 1), (2, 2))}
+    assert len({r["value"] for r in made["story"]["rows"] if r["after"] == 1 and r["score"] == "own"}) == 10  # ten people, and the first hospital does not know what will be kept
+
     # a second call finds nothing left to train and makes the same page but for the times
-    files = lambda: {f.relative_to(out): f.read_bytes() for d in ("runs", "finetune") for f in (out / d).rglob("*") if f.suffix in (".safetensors", ".jsonl", ".md")}
+    files = lambda: {f.relative_to(out): f.read_bytes() for d in ("runs", "finetune", "story") for f in (out / d).rglob("*") if f.suffix in (".safetensors", ".jsonl", ".md")}
     before = files()
     again = demo(cfg)
     assert files() == before
     strip = lambda h: re.sub(r"<pre>.*?</pre>", "", h, flags=re.S)
     assert strip(again["out"].read_text()) == strip(html)
+
+
+def test_a_story_that_is_cut_goes_on(tmp_path, monkeypatch):
+    "The power fails at hospital A while the other ways are under way; the same call ends where an unbroken one ends, and leaves no process behind."
+    import multiprocessing as mp
+    import os
+    import shutil
+    import signal
+
+    import pytest
+
+    from medssl_nb import demo as d
+    from medssl_nb.packet import Packet
+    from medssl_nb.strategies import ContinualTask
+    from medssl_nb.train.trainer import Stopped
+
+    def story(cfg):
+        d.story_data(cfg)
+        with d.meanwhile(cfg):
+            packet = d.hospital_a(cfg)
+            d.story_audit(cfg, packet)
+            d.hospital_b(cfg, packet)
+        return {w: Packet(p).facts["files"]["model/model.safetensors"] for w in d.WAYS for p in (cfg.out / "story" / w / "packets").iterdir() if p.name == "02_head"}
+
+    make = lambda name, jobs: d.DemoConfig(out=tmp_path / name, people=100, others=10, story_steps=8, inversion_steps=2, jobs=jobs)
+    whole = story(make("whole", 1))
+    assert len({f["sha256"] for f in whole.values()}) == len(whole) == 4
+    shutil.copytree(tmp_path / "whole" / "story" / "xray", tmp_path / "cut" / "story" / "xray")  # the images, which take the longest
+    shutil.copytree(tmp_path / "whole" / "story" / "head", tmp_path / "cut" / "story" / "head")
+    real = ContinualTask.after_step
+    monkeypatch.setattr(ContinualTask, "after_step", lambda self, step: (real(self, step), os.kill(os.getpid(), signal.SIGTERM) if step == 1 else None))
+    with pytest.raises(Stopped):
+        story(make("cut", 2))
+    assert not mp.active_children() and not (tmp_path / "cut" / "story" / "invcoss" / "packets").exists()
+    monkeypatch.undo()
+    assert story(make("cut", 2)) == whole
 
 
 def test_no_identifier_leaves_the_private_folder(tmp_path):

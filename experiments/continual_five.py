@@ -1,0 +1,63 @@
+"""Five stages in the order of MedCoSS (reports, X-rays, CT, MRI, pathology) through one small network, every strategy, on generated or real data.
+
+    python experiments/continual_data.py DATA --synthetic 600 --real REAL
+    python experiments/continual_five.py DATA/real runs/real --seeds 0 1 2                         # all arms; 10 to 15 minutes an arm on one core
+    python experiments/continual_five.py DATA/real runs/real --report continual_real               # results/continual_real.{json,md,png} of what is finished
+
+Plan, sizes and steps: continual.yaml. What is done is not done again. Image stages of `invcoss` are inverted (64 x 64 pixels and slabs of 16 x 48 x 48 voxels), reports are kept; a stage of fewer than
+100 people says so (`few`), which a site would have to decide.
+"""
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from continual_small import ARMS, report
+from medssl_nb.config import from_dict, read_yaml
+from medssl_nb.continual import ContinualConfig, StageConfig, common, run
+from medssl_nb.core import read_json
+from medssl_nb.invert import InvertConfig
+from medssl_nb.train.trainer import Stopped
+
+HERE = Path(__file__).parent
+FIVE = tuple(a for a in ARMS if a not in ("task_statistics", "tv", "mim"))
+INVERT = dict(batch=16, steps=400, lr=2e-3, z_lr=0.05, a_img=0.1, a_rep=1.0, bar=False, save_every=100)
+
+
+def plan(data, out, arm, seed, steps=None):
+    "continual.yaml with another strategy."
+    base = common("mim", "small_unified", arm)
+    said = {k: v for k, v in read_yaml(HERE / "continual.yaml").items() if k not in ("settings", "strategy")}  # these are of MedCoSS
+    c = from_dict(ContinualConfig[type(base["task"]), type(base["settings"])](**base), said)
+    if arm == "invcoss":
+        c.settings = replace(c.settings, last=False, few=True, invert=InvertConfig(**INVERT))
+    if hasattr(c.settings, "ratio"):
+        c.settings = replace(c.settings, ratio=0.25)
+    target = {s["name"]: s["target"] for s in read_json(Path(data) / "stages.json")}
+    stages = tuple(StageConfig(s.name, Path(data) / s.name, kind=s.kind, target=target[s.name]) for s in c.stages if s.name in target)
+    return replace(c, strategy=arm, stages=stages, steps=steps or c.steps, out=Path(out) / f"{arm}_s{seed}", train=replace(c.train, seed=seed, workers=0, bar=False, tensorboard=False, device="cpu"))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("data", type=Path)
+    p.add_argument("out", type=Path)
+    p.add_argument("--arms", nargs="+", default=FIVE, choices=FIVE)
+    p.add_argument("--seeds", nargs="+", type=int, default=[0])
+    p.add_argument("--steps", type=int)
+    p.add_argument("--report", metavar="NAME")
+    a = p.parse_args()
+    torch.set_num_threads(1)
+    for seed in () if a.report else a.seeds:
+        for arm in a.arms:
+            run(plan(a.data, a.out, arm, seed, a.steps))
+    if a.report:
+        report(a.out, a.report, f"Five stages: reports, X-rays, CT, MRI, pathology ({a.data.name} data)")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Stopped as e:
+        print(e)
