@@ -127,7 +127,8 @@ def sweep(
     deep:bool=False, # folders inside it, too
 )->list:             # names of what was removed
     "Remove temporary files of killed processes; only for the holder of the folder's lock."
-    left = [p for p in (Path(dir).rglob if deep else Path(dir).glob)('.*.tmp') if re.fullmatch(r'\..+\.[a-z0-9_]{8}\.tmp', p.name) and p.is_file() and not p.is_symlink()]
+    ours = r'\..+\.[a-z0-9_]{8}\.tmp|\.tmp[A-Za-z0-9]{6}'     # the second: safetensors writes through a file of its own
+    left = [p for p in (Path(dir).rglob if deep else Path(dir).glob)('.*') if re.fullmatch(ours, p.name) and p.is_file() and not p.is_symlink()]
     for p in left: p.unlink(missing_ok=True)
     return sorted(p.name for p in left)
 

@@ -119,7 +119,8 @@ def test_statistics_of_a_stage_afterwards(journey, root):
     assert "16 cases of 16 subjects" in out and "8 cases of split test are left out" in out
     a, b = load_statistics(at / "xr.json"), load_statistics(journey / "packets" / "02_xr" / "statistics" / "xr.json")
     assert a.info["model"] == b.info["model"] and a.info["image"] == b.info["image"] == [1, 32, 32] and a.info["channels"] == ["xr"]
-    assert list(a.sites) == list(b.sites) and all(torch.allclose(s["mean"], b.sites[n]["mean"], atol=0.3) for n, s in a.sites.items())  # other masks, the same layers
+    apart = {n: float(((s["mean"] - b.sites[n]["mean"]).abs() / b.sites[n]["var"].sqrt()).max()) for n, s in a.sites.items()}
+    assert list(a.sites) == list(b.sites) and max(apart.values()) < 1, apart  # other masks of 16 people, the same layers: within a deviation
     code, out, err = medssl("invert", stage, "--statistics", at, "-o", root / "afterwards_pool", "--n", 2, "--how.steps", 2, "--how.z-channels", 4, "--how.widths", 8, 8, 8, "--how.cache", 4, 4, 4, "--how.bar", "False", "--device", "cpu")
     assert code == 0, err
     refused("statistics", journey / "stages" / "01_report", "--data", root / "report", says="reports are not inverted")
@@ -267,7 +268,7 @@ def test_two_processes_one_pool(root):
         a, b = (read_jsonl(o / "stages" / stage / "history.jsonl") for o in (one, two))
         assert [x["old"] for x in a] == [x["old"] for x in b] and (stage == "01_xr" or sum(x["old"] for x in a) >= 2)
         gap = max(abs(x["loss"] / y["loss"] - 1) for x, y in zip(a, b, strict=True))
-        assert gap < 1e-4, (stage, gap)
+        assert gap < 3e-3, (stage, gap)  # rounding, made larger by Adam, then by training on the pool; another pool differs by tenths
     pools = [Prepared(o / "packets" / "02_he" / "replay" / "xr") for o in (one, two)]
     x, y = (np.stack([p.read(r)[0] for r in p.rows]) for p in pools)
     assert x.shape == y.shape and np.abs(x - y).max() < 2e-3 and x.std() > 0.05

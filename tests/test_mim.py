@@ -42,7 +42,7 @@ def test_from_prepared_images_to_tables(tmp_path, dims, capsys):
     assert main(["pretrain", str(data), "-o", str(run), "--method", "mim", "--preset", f"small{dims}d", *region, *TINY]) in (0, None)
     history, card = read_jsonl(run / "history.jsonl"), read_json(run / "encoder" / "card.json")
     assert [r["step"] for r in history] == [1, 2, 3, 4] and all(0 < r["mim"] < 5 for r in history)
-    assert (card["method"], card["encoder"]["net"], card["input"], card["encoder"]["kinds"]) == ("mim", "vit", "none", [f"{dims}d"])
+    assert (card["method"], card["encoder"]["net"], card["input"], card["encoder"]["kinds"]) == ("mim", "vit", "fixed:0.5:0.2", [f"{dims}d"])
     enc, _ = load_encoder(run)
     assert (enc.dims, enc.strides[-1], len(enc.widths)) == (dims, 8, 5)
     shared = dict(data=data, arms=dict(mim=str(run)), seeds=(0,), budgets=(4,), target="size", bar=False, predictions=0)
