@@ -268,10 +268,11 @@ def test_two_processes_one_pool(root):
         a, b = (read_jsonl(o / "stages" / stage / "history.jsonl") for o in (one, two))
         assert [x["old"] for x in a] == [x["old"] for x in b] and (stage == "01_xr" or sum(x["old"] for x in a) >= 2)
         gap = max(abs(x["loss"] / y["loss"] - 1) for x, y in zip(a, b, strict=True))
-        assert gap < 3e-3, (stage, gap)  # rounding, made larger by Adam, then by training on the pool; another pool differs by tenths
+        assert gap < (1e-4 if stage == "01_xr" else 1e-3), (stage, gap)  # the second stage replays a pool whose rounding Adam has made larger
     pools = [Prepared(o / "packets" / "02_he" / "replay" / "xr") for o in (one, two)]
     x, y = (np.stack([p.read(r)[0] for r in p.rows]) for p in pools)
-    assert x.shape == y.shape and np.abs(x - y).max() < 2e-3 and x.std() > 0.05
+    apart, others = np.abs(x - y).mean(), np.abs(x - np.roll(x, 1, 0)).mean()  # the same image made twice; an image and its neighbour
+    assert x.shape == y.shape and apart < 5e-3 and others > 10 * apart, (apart, others)
     # what the layers saw: by the first process alone in the loop, by both together where `pretrain` records it
     for a, b in ((load_statistics(o / "packets" / "02_he" / "statistics" / "xr.json") for o in (one, two)), (load_statistics(o.parent / "together.json") for o in (one, two))):
         assert (a.info["cases"], a.info["subjects"], a.info["rows"]) == (b.info["cases"], b.info["subjects"], b.info["rows"])
