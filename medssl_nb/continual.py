@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['T', 'S', 'FAMILIES', 'SCORES', 'StageConfig', 'ScoreConfig', 'Common', 'ContinualConfig', 'SiteConfig',
-           'train_defaults', 'common', 'word_in', 'plan_settings', 'find_prepared', 'StageData', 'reads', 'region_of',
+           'train_defaults', 'common', 'word_in', 'plan_settings', 'find_prepared', 'StageData', 'region_of',
            'family_cases', 'fresh_task', 'give_words', 'draw_pools', 'old_cases', 'mix_cases', 'new_steps',
            'stage_train', 'shared_settings', 'Scene', 'Team', 'in_order', 'readouts', 'make_buffer', 'finish_stage',
            'write_cost', 'whole_stage', 'do_stage', 'some', 'case_loss', 'refitter', 'segment_rows', 'score_stage',
@@ -35,7 +35,7 @@ from .packet import Packet, hand_over, provenance, write_packet
 from .invert import render_pool
 from .pretrain import fingerprint, normalisation
 from .strategies import ContinualTask, load_strategy, strategy_config
-from .tasks.base import belongs, to_device
+from .tasks.base import belongs, reads, to_device
 from .tasks.registry import METHODS, load_task, task_config
 from .tasks.supervised import card_norm
 from .train.checkpoint import atomic_dir, load_checkpoint, read_tensors, tidy
@@ -185,11 +185,6 @@ class StageData:
         return dict(name=self.name, kind=self.kind, channels=self.channels, cases=f['cases'], subjects=f['subjects'], data=f['sha256'])
 
 # %% ../nbs/71_continual.ipynb #df0d0fb2
-def reads(task)->dict:
-    "What a task can look at: family -> region."
-    kinds = getattr(task.cfg, 'kinds', None)
-    return {k: tuple(getattr(task.cfg, f'region{k}', ())) for k in kinds} if kinds else {f'{len(task.region)}d': tuple(task.region)}
-
 def region_of(task, kind:str)->tuple:
     "The region that a task wants of a family."
     r = reads(task).get(kind)

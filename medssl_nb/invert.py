@@ -32,6 +32,7 @@ from .losses.statistics import Statistics, Watch, calibrate, lent, load_statisti
 from .nets.invunet import GENERATORS, build_generator
 from .packet import verify_packet
 from .pretrain import PretrainConfig, choose_cases
+from .tasks.base import reads
 from .tasks.registry import METHODS, load_task, method
 from .train.checkpoint import find_checkpoint, fit_exactly, latest, load_checkpoint, prune, read_tensors, save_checkpoint, tidy, verify_checkpoint
 from .train.trainer import History, NonFinite, Stopped, Stopper, differing, progress, run_lock
@@ -485,11 +486,13 @@ class StatisticsConfig:
 
 def stage_region(task, stage:dict, prepared)->tuple:
     "What a task of several families looks at in a stage."
-    kinds = {k: tuple(getattr(task.cfg, f'region{k}')) for k in getattr(task.cfg, 'kinds', ()) if k != 'text'}
-    if not kinds: return tuple(task.region)
-    kind = stage.get('kind') or next((k for k in kinds if any(r['dims'] == int(k[0]) for r in prepared.rows)), '')
-    if kind not in kinds: no_text({'text': []})
-    return kinds[kind]
+    regions = {k: r for k,r in reads(task).items() if k != 'text'}; known = stage.get('kind')
+    if known == 'text' or not regions: no_text({'text': []})
+    if len(regions) == 1: return next(iter(regions.values()))
+    here = [known] if known else [k for k in regions if any(r['dims'] == int(k[0]) for r in prepared.rows)]
+    if not here: no_text({'text': []})
+    if len(here) > 1 or here[0] not in regions: raise UserError(f'images of {" and ".join(here)} in the prepared folder', 'those of one stage, one of ' + ', '.join(regions), 'choose a group with --group')
+    return regions[here[0]]
 
 def statistics(cfg:StatisticsConfig)->dict:
     "A run and its images -> statistics beside it."

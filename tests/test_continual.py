@@ -305,8 +305,8 @@ TWO = dict(er=dict(share=0.5, ratio=0.4), medcoss=dict(share=0.5, centres=0.2, r
            invcoss=dict(share=0.5, centres=0.2, ratio=0.4, mixup=False, few=True))  # the last for test_invcoss
 
 
-def two_plans(root, out, batch, names):
-    "The same two stages for each strategy; `fsdp` is MedCoSS with its weights divided among the processes."
+def two_plans(root, out, batch, names, pools={}):
+    "The same two stages for each strategy; `fsdp` is MedCoSS with its weights divided among the processes. `pools`: stage -> ready pool."
     from medssl_nb.continual import ContinualConfig, ScoreConfig, StageConfig, common, run
 
     make_plain()
@@ -315,7 +315,7 @@ def two_plans(root, out, batch, names):
         base = common("plain_test", "small2d", "medcoss" if name == "fsdp" else name)
         base["settings"] = replace(base["settings"], **settings)
         base["train"] = replace(base["train"], **{**LOOP, "batch": batch, "optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "save_every": 0, "strategy": "fsdp" if name == "fsdp" else "ddp"})
-        stages = tuple(StageConfig(s, root / s) for s in ("xr", "he"))
+        stages = tuple(StageConfig(s, root / s, pool=pools.get(s)) for s in ("xr", "he"))
         run(ContinualConfig(**{**base, "steps": 5, "stages": stages, "out": out / name, "score": ScoreConfig(scores=("own", "cka"), cases=4)}))
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OUTPUT', 'NORMS', 'STILL', 'moments', 'pooled', 'Sums', 'sites', 'last', 'end', 'Watch', 'site_terms',
            'statistics_loss', 'lent', 'model_hash', 'readout', 'Statistics', 'save_statistics', 'load_statistics',
-           'alone', 'total', 'together', 'merged', 'Running', 'no_text', 'batches_of', 'record', 'calibrate']
+           'alone', 'total', 'together', 'merged', 'Running', 'no_text', 'InTurn', 'batches_of', 'record', 'calibrate']
 
 # %% ../../nbs/35_losses.statistics.ipynb #9b635e4d
 import hashlib
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import UserError, atomic, choose, generator, read_json, seed_of, sha256_file, write_json
-from ..data.cases import Cases, make_loader
+from ..data.cases import Cases, make_loader, read_batch
 from .prior import vendi2
 
 # %% ../../nbs/35_losses.statistics.ipynb #38832d64
@@ -326,8 +326,18 @@ class _Voxels:
         out = [np.percentile(together(torch.cat(self.kept.get(c, [torch.zeros(0)]))).numpy().astype(np.float64), q).tolist() for c in range(channels)]
         return [o[0] for o in out],[o[1] for o in out]
 
-def batches_of(cases, batch, steps, seed, rank, world, workers):
+# %% ../../nbs/35_losses.statistics.ipynb #07245231
+class InTurn(torch.utils.data.Dataset):
+    "All cases once, in an order drawn from the seed; the last batch may be smaller."
+    def __init__(self, cases, batch:int, seed:int=0, limit:int|None=None):
+        order = torch.randperm(len(cases), generator=generator(seed, 0, 0, 'statistics')).tolist()[:limit]
+        self.cases,self.parts = cases,[order[i:i+batch] for i in range(0, len(order), batch)]
+    def __len__(self): return len(self.parts)
+    def __getitem__(self, i): return read_batch(self.cases, [(k, 0) for k in self.parts[i]])
+
+def batches_of(cases, batch, steps, seed, rank, world, workers, limit=None):
     "A loader of one pass, whatever `cases` is: `Cases`, an object with `loader`, or batches themselves."
+    if isinstance(cases, Cases) and world == 1: return torch.utils.data.DataLoader(InTurn(cases, batch, seed, limit), batch_size=None, num_workers=workers)
     args = dict(batch=batch, seed=seed, rank=rank, world=world, start=0, steps=steps, workers=workers, accum=1)
     if hasattr(cases, 'loader'): return cases.loader(**args)
     return make_loader(cases, **args) if isinstance(cases, Cases) else cases
@@ -377,10 +387,11 @@ def calibrate(
     sized = hasattr(cases, 'loader') or isinstance(cases, Cases)
     if sized:
         if not n: raise UserError('no case to record statistics of', 'at least one')
-        batch = min(batch or (64 if len(getattr(task, 'region', ()) or (0,0)) == 2 else 16), max(n//world, 1))
-        steps = max(min(n, limit or n)//(batch*world), 1)
+        region = getattr(cases, 'region', None) or getattr(task, 'region', ()) or (0,0)     # of the cases first: a task of several families has several
+        batch = min(batch or (64 if len(region) == 2 else 16), max(n//world, 1)); some = min(n, limit or n)
+        steps = -(-some//batch) if isinstance(cases, Cases) and world == 1 else max(some//(batch*world), 1)
     voxels = _Voxels(max(2**22//max(steps or 64, 1)//world, 256))
-    with lent(task): got = record(task, batches_of(cases, batch, steps, seed, rank, world, workers), seed, rank, voxels, progress)
+    with lent(task): got = record(task, batches_of(cases, batch, steps, seed, rank, world, workers, limit), seed, rank, voxels, progress)
     sums,mine,r = merged(got['sums']),got['readouts'],merged(dict(r=got['readouts']))['r']
     cov = total(got['cov'] + mine.n*torch.outer(mine.mean - r.mean, mine.mean - r.mean))/r.n
     people = {k: len(set(together(torch.tensor(sorted(got[k]), dtype=torch.int64)).tolist())) for k in ('cases', 'subjects')}
