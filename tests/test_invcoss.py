@@ -118,6 +118,8 @@ def test_statistics_of_a_stage_afterwards(journey, root):
     a, b = load_statistics(at / "xr.json"), load_statistics(journey / "packets" / "02_xr" / "statistics" / "xr.json")
     assert a.info["model"] == b.info["model"] and a.info["image"] == b.info["image"] == [1, 32, 32] and a.info["channels"] == ["xr"]
     assert a.digest() == b.digest() and a.info["batch"] == 4 and a.info["cases"] == 16, "the same cases in the same order under the same masks: the same numbers, to the bit"
+    code, out, err = medssl("statistics", stage, "--data", root / "xr", "-o", root / "by_fives", "--batch", 5)
+    assert code == 0 and "16 cases of 16 subjects" in out, "the one who fills no batch of five is looked at, too"
     code, out, err = medssl("invert", stage, "--statistics", at, "-o", root / "afterwards_pool", "--n", 2, "--how.steps", 2, "--how.z-channels", 4, "--how.widths", 8, 8, 8, "--how.cache", 4, 4, 4, "--how.bar", "False", "--device", "cpu")
     assert code == 0, err
     refused("statistics", journey / "stages" / "01_report", "--data", root / "report", says="reports are not inverted")
