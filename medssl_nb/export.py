@@ -90,6 +90,7 @@ def monai_network(
         torch.manual_seed(seed)
         return cls(**args)
 
+# %% ../nbs/91_export.ipynb #2d3d6ed4
 def basicunet_form(enc, classes:int=2)->Form:
     "Our U-Net encoder in MONAI's BasicUNet; its new channels have no say."
     n = len(enc.widths)
@@ -111,6 +112,7 @@ def basicunet_form(enc, classes:int=2)->Form:
     def walk(net, x): return [x := b(x) for b in [net.conv_0] + [getattr(net, f'down_{i}') for i in range(1, n)]]
     return Form('BasicUNet', args, tensors, rows, walk)
 
+# %% ../nbs/91_export.ipynb #892a1466
 def resnet_form(enc, classes:int=2)->Form:
     "Our ResNet-18 in MONAI's, as a classifier."
     args = dict(spatial_dims=2, n_input_channels=enc.in_channels, num_classes=classes, conv1_t_stride=2, shortcut_type='B', bias_downsample=False)
@@ -129,6 +131,7 @@ def swin_form(enc, classes:int=2)->Form:
     tensors = {k.replace('body.', 'swinViT.', 1): v for k,v in enc.state_dict().items()}
     return Form('SwinUNETR', args, tensors, [(k, k.replace('body.', 'swinViT.', 1), 'landed') for k in enc.state_dict()], lambda net, x: net.swinViT(x, net.normalize))
 
+# %% ../nbs/91_export.ipynb #5baf4877
 WITHOUT = {'resenc': 'its detours average before they widen, and DynUNet skips every other voxel', 'uniformer': 'none of them convolves depthwise and then attends to all tokens'}  # why MONAI has no place
 
 def monai_form(

@@ -44,6 +44,7 @@ class PretrainConfig(Generic[T]):
     statistics:Literal['none','calibrate','running']='none'  # what an inversion needs, left in RUN/statistics: by one pass after the last step, or as running averages of its end
     train:TrainConfig=field(default_factory=TrainConfig)  # the loop
 
+# %% ../nbs/59_pretrain.ipynb #1b7dfed7
 def mim_defaults(preset:str)->TrainConfig:
     "Masked modelling: AdamW with betas .9 and .95, weights alone decay, 40 epochs of 300 rise; a rate of 1.5e-4 for 256 cases, used for 512 (medcoss.md, section 5)."
     how = dict(optimizer='adamw', momentum=.9, beta2=.95, weight_decay=.05, decay='weights')
@@ -69,6 +70,7 @@ def train_defaults(
     # He et al. 2022: AdamW, betas .9 and .95, weight decay .05, warm-up of 5 %, rate 1.5e-4 for 256 images
     return TrainConfig(steps=100_000, batch=32, lr=1.5e-4, optimizer='adamw', weight_decay=.05, warmup=5000)
 
+# %% ../nbs/59_pretrain.ipynb #cedfc8ab
 def fit_warmup(
     base:TrainConfig,  # defaults of a method
     steps:int,         # the length that was asked for

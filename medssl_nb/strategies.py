@@ -335,53 +335,65 @@ class PackNet(Strategy):
         self.register_buffer('released', torch.zeros((), dtype=torch.uint8)); self.was,self.seen = {},{}
     def first(self, n): return getattr(self, flat(f'first.{n}'))
     def free(self, n, released:bool): return self.owner[flat(n)] == (self.stage + 1 if released else 0)     # what may move now
-    def before_step(self, task, step):
-        matrices,self.was,released = self.matrices(task),{},bool(self.released)
-        for n,p in shared_parameters(task).items():
-            if p.grad is None: continue                                     # not reached
-            if n not in self.seen: self.seen[n] = int(self.first(n)) or self.stage + 1; self.first(n).fill_(self.seen[n])   # asked once: the host would wait for the device
-            if n not in matrices:
-                if self.seen[n] <= self.stage: p.grad = None
-                continue
-            free = self.free(n, released); p.grad.mul_(free); self.was[n] = (p.detach().clone(), free)
-    @torch.no_grad()
-    def after_step(self, task, step):
-        matrices = self.matrices(task)
-        for n,(old,free) in self.was.items(): matrices[n].copy_(torch.where(free, matrices[n], old))
-        self.was = {}
-        if step == self.at: self.prune(matrices)
-        if step == self.steps - 1 and not self.released: self.claim(matrices)
-    @torch.no_grad()
-    def claim(self, matrices, keep=lambda p, free: free):
-        for n,p in matrices.items():
-            free = self.owner[flat(n)] == 0
-            if self.first(n): self.owner[flat(n)].data[keep(p, free)] = self.stage + 1
-        self.released.fill_(1)
-    @torch.no_grad()
-    def prune(self, matrices):
-        "Own the largest of the free weights of each layer, set the others to 0."
-        def largest(p, free):
-            n = int(free.sum()); k = n - int(n*self.drop + 1e-6)
-            mag = torch.where(free, p.abs(), torch.full_like(p, -1.)).flatten()
-            out = torch.zeros_like(mag, dtype=torch.bool); out[mag.argsort(descending=True, stable=True)[:k]] = True
-            return out.view_as(p)
-        self.claim(matrices, largest)
-        for n,p in matrices.items():
-            if self.first(n): p.mul_(self.owner[flat(n)] != 0)
-    def keep(self, task, cases, seed):
-        return dict(packnet={**{f'owner.{n}': self.owner[flat(n)].detach().clone() for n in self.matrices(task)}, **{f'first.{n}': self.first(n).clone() for n in shared_parameters(task)}})
-    @contextmanager
-    @torch.no_grad()
-    def subnetwork(self, task, stage):
-        "Only what was owned by the end of this stage; weights are put back."
-        ps = self.matrices(task); keep = {n: p.detach().clone() for n,p in ps.items()}
-        try:
-            for n,p in ps.items():
-                o = self.owner[flat(n)]
-                if int(self.first(n)): p.mul_((o > 0) & (o <= stage + 1))
-            yield task
-        finally:
-            for n,p in ps.items(): p.copy_(keep[n])
+
+# %% ../nbs/68_strategies.ipynb #92e0c6e9
+def _before_step(self, task, step):
+    matrices,self.was,released = self.matrices(task),{},bool(self.released)
+    for n,p in shared_parameters(task).items():
+        if p.grad is None: continue                                     # not reached
+        if n not in self.seen: self.seen[n] = int(self.first(n)) or self.stage + 1; self.first(n).fill_(self.seen[n])   # asked once: the host would wait for the device
+        if n not in matrices:
+            if self.seen[n] <= self.stage: p.grad = None
+            continue
+        free = self.free(n, released); p.grad.mul_(free); self.was[n] = (p.detach().clone(), free)
+
+@torch.no_grad()
+def _after_step(self, task, step):
+    matrices = self.matrices(task)
+    for n,(old,free) in self.was.items(): matrices[n].copy_(torch.where(free, matrices[n], old))
+    self.was = {}
+    if step == self.at: self.prune(matrices)
+    if step == self.steps - 1 and not self.released: self.claim(matrices)
+
+@torch.no_grad()
+def _claim(self, matrices, keep=lambda p, free: free):
+    for n,p in matrices.items():
+        free = self.owner[flat(n)] == 0
+        if self.first(n): self.owner[flat(n)].data[keep(p, free)] = self.stage + 1
+    self.released.fill_(1)
+
+@torch.no_grad()
+def _prune(self, matrices):
+    "Own the largest of the free weights of each layer, set the others to 0."
+    def largest(p, free):
+        n = int(free.sum()); k = n - int(n*self.drop + 1e-6)
+        mag = torch.where(free, p.abs(), torch.full_like(p, -1.)).flatten()
+        out = torch.zeros_like(mag, dtype=torch.bool); out[mag.argsort(descending=True, stable=True)[:k]] = True
+        return out.view_as(p)
+    self.claim(matrices, largest)
+    for n,p in matrices.items():
+        if self.first(n): p.mul_(self.owner[flat(n)] != 0)
+
+PackNet.before_step,PackNet.after_step,PackNet.claim,PackNet.prune = _before_step,_after_step,_claim,_prune
+
+# %% ../nbs/68_strategies.ipynb #d7a0bde8
+def _keep(self, task, cases, seed):
+    return dict(packnet={**{f'owner.{n}': self.owner[flat(n)].detach().clone() for n in self.matrices(task)}, **{f'first.{n}': self.first(n).clone() for n in shared_parameters(task)}})
+
+@contextmanager
+@torch.no_grad()
+def _subnetwork(self, task, stage):
+    "Only what was owned by the end of this stage; weights are put back."
+    ps = self.matrices(task); keep = {n: p.detach().clone() for n,p in ps.items()}
+    try:
+        for n,p in ps.items():
+            o = self.owner[flat(n)]
+            if int(self.first(n)): p.mul_((o > 0) & (o <= stage + 1))
+        yield task
+    finally:
+        for n,p in ps.items(): p.copy_(keep[n])
+
+PackNet.keep,PackNet.subnetwork = _keep,_subnetwork
 
 # %% ../nbs/68_strategies.ipynb #465e6802
 @dataclass

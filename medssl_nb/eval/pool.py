@@ -231,12 +231,6 @@ def expected_coverage(n:int, m:int|None=None, k:int=5)->float:
 GOALS = dict(lsd='0', lsd_high='0', db_high='0', high_share='as real', slope='as real', vendi_1='as real', vendi_2='as real', vendi_half='as real', rank='as real', cosine='as real',
     spread='1', fid='as real (the floor)', kid='0', precision='as real', recall='as real', density='1', coverage='as real')
 
-def _volumes(x, dims):
-    x = np.asarray(x.detach().cpu() if hasattr(x, 'detach') else x, np.float32)
-    if x.ndim == dims + 2: x = x.reshape(-1, *x.shape[2:])                # channels count as volumes of their own
-    if x.ndim != dims + 1: raise UserError(f'volumes of shape {x.shape} with a spacing of {dims} axes', '(N, *S) or (N, C, *S)')
-    return x
-
 def spectral_measures(s, x, patch, spacing)->dict:
     "Numbers of 4.1 for a set `s` against real `x`, name -> value; slabs in plane and through."
     if not is_slab(s.shape[1:], spacing): parts = {'': (radial_spectrum(s, spacing), radial_spectrum(x, spacing), high_from(patch, spacing))}
@@ -254,6 +248,13 @@ def feature_measures(s, x)->dict:
     "Numbers of 4.2 and 4.3 for features `s` against equally many real ones `x`."
     k3,k5 = min(3, len(x)-1),min(5, len(x)-1)
     return dict(vendi_1=vendi(s), vendi_2=vendi(s, 2), vendi_half=vendi(s, .5), rank=effective_rank(s), cosine=mean_cosine(s), spread=spread_ratio(s, x), fid=fid(x, s), kid=kid(x, s, 50)['mean'], **precision_recall(x, s, k3), **density_coverage(x, s, k5))
+
+# %% ../../nbs/63_eval.pool.ipynb #7c92b379
+def _volumes(x, dims):
+    x = np.asarray(x.detach().cpu() if hasattr(x, 'detach') else x, np.float32)
+    if x.ndim == dims + 2: x = x.reshape(-1, *x.shape[2:])                # channels count as volumes of their own
+    if x.ndim != dims + 1: raise UserError(f'volumes of shape {x.shape} with a spacing of {dims} axes', '(N, *S) or (N, C, *S)')
+    return x
 
 def pool_report(
     real,                 # `(n, *S)` or `(n, C, *S)`: held-out real volumes, never the training set
@@ -289,6 +290,7 @@ def pool_report(
     if m > k: notes.append(f'{m-k} of {m} synthetic volumes are left out in each deal, because only {n} real ones are there')
     return dict(n=k, rows=rows, spectra=spectra, expected_coverage=expected_coverage(k), notes=notes)
 
+# %% ../../nbs/63_eval.pool.ipynb #2ce3ec84
 def report_md(report:dict)->str:
     "The table as markdown."
     num = lambda v, s: f'{v:.3g}' + ('' if s is None or s < 1e-9 else f' ± {s:.2g}')

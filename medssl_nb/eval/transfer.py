@@ -6,7 +6,7 @@
 __all__ = ['NAMES', 'STRENGTHS', 'FREE', 'CELLS', 'CompareConfig', 'FinetuneConfig', 'labelled_rows', 'deal', 'label_order',
            'label_budget', 'Arm', 'trained_norm', 'load_arm', 'load_arms', 'fresh', 'make_task', 'missing_task',
            'Bench', 'resolve', 'judge', 'outline', 'decide', 'write_prediction', 'verdict', 'judge_every_subset', 'fit',
-           'cell_dir', 'run_cell', 'grid_of', 'class_metrics', 'compare_segment', 'compare_classify', 'summarise',
+           'cell_dir', 'run_cell', 'grid_of', 'compare_segment', 'class_metrics', 'compare_classify', 'summarise',
            'table_md', 'ProbeConfig', 'features', 'knn_prob', 'linear_prob', 'probe_cell', 'claim', 'write_reports',
            'saw_test', 'compare', 'finetune', 'probe', 'histories']
 
@@ -448,16 +448,6 @@ def grid_of(rows:list, metric:str, cls=None):
         if cls is None or r['class'] == cls: cells.setdefault((r['seed'], r['subject']), []).append(r[metric])
     return np.array([[np.mean(cells[s,q]) for q in people] for s in seeds]),seeds,people
 
-def class_metrics(target, prob)->dict:
-    "AUC and balanced accuracy of one set of cases; several labels are averaged."
-    t,q = np.asarray(target),np.asarray(prob)
-    if t.ndim == 1:
-        a = auc(q[:,1], t) if q.shape[1] == 2 else macro_auc(q, t)['value']
-        return dict(auc=a, balanced_accuracy=balanced_accuracy(q.argmax(1), t, q.shape[1])['value'])
-    ok = [k for k in range(t.shape[1]) if 0 < t[:,k].sum() < len(t)]
-    if not ok: raise UserError('no label has both members and non-members', 'more test cases')
-    return dict(auc=float(np.mean([auc(q[:,k], t[:,k]) for k in ok])), balanced_accuracy=float(np.mean([balanced_accuracy((q[:,k] > .5).astype(int), t[:,k].astype(int), 2)['value'] for k in ok])))
-
 def _common(rows, other):
     both = {r['seed'] for r in rows} & {r['seed'] for r in other}
     return [r for r in rows if r['seed'] in both],[r for r in other if r['seed'] in both]
@@ -475,6 +465,17 @@ def compare_segment(rows:list, other)->list:
                 row.update(diff=d['mean'], diff_low=d['low'], diff_high=d['high'], p=d['p'], p_patients=t['p'], effect=t['effect'])
             out.append(row)
     return out
+
+# %% ../../nbs/61_eval.transfer.ipynb #76f297bd
+def class_metrics(target, prob)->dict:
+    "AUC and balanced accuracy of one set of cases; several labels are averaged."
+    t,q = np.asarray(target),np.asarray(prob)
+    if t.ndim == 1:
+        a = auc(q[:,1], t) if q.shape[1] == 2 else macro_auc(q, t)['value']
+        return dict(auc=a, balanced_accuracy=balanced_accuracy(q.argmax(1), t, q.shape[1])['value'])
+    ok = [k for k in range(t.shape[1]) if 0 < t[:,k].sum() < len(t)]
+    if not ok: raise UserError('no label has both members and non-members', 'more test cases')
+    return dict(auc=float(np.mean([auc(q[:,k], t[:,k]) for k in ok])), balanced_accuracy=float(np.mean([balanced_accuracy((q[:,k] > .5).astype(int), t[:,k].astype(int), 2)['value'] for k in ok])))
 
 def compare_classify(rows:list, other, draws:int=1000)->list:
     "As `compare_segment`, for decisions."
@@ -495,6 +496,7 @@ def compare_classify(rows:list, other, draws:int=1000)->list:
         out.append(row)
     return out
 
+# %% ../../nbs/61_eval.transfer.ipynb #4c9d67ea
 def summarise(
     rows:list,         # of all cells
     arms:dict,         # name -> Arm

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['patch_target', 'draw_crop', 'cubic_matrix', 'apply_crop', 'draw_mixup', 'mix_images', 'draw_token_mix', 'mix_tokens',
-           'MIMConfig', 'pick_channels', 'MIM', 'at_rest']
+           'MIMConfig', 'check_mim', 'pick_channels', 'MIM', 'at_rest']
 
 # %% ../../nbs/47_tasks.mim.ipynb #64d0a076
 from contextlib import contextmanager
@@ -151,51 +151,54 @@ class MIMConfig:
     causal_text:bool=False                 # decision 4; True is theirs
     text_types:int=0                       # 2 is theirs
 
-    def __post_init__(self):
-        bad = lambda came,want,todo='': (_ for _ in ()).throw(UserError(f'MIM: {came}', want, todo))
-        self.kinds = tuple(self.kinds)
-        if not self.kinds or len(set(self.kinds)) < len(self.kinds) or set(self.kinds) - {'text','2d','3d'}: bad(f'kinds {self.kinds}', "some of 'text', '2d', '3d', each once")
-        for k,n in (('2d', 2), ('3d', 3)):
-            r,p = tuple(getattr(self, f'region{k}')),getattr(self, f'patch{k}')
-            if len(r) != n: bad(f'region{k} {r}', f'{n} numbers')
-            if k in self.kinds and any(s % p for s in r): bad(f'region{k} {r} and patches of {p}', 'multiples of the patch')
-        for k in ('ratio','word_ratio'):
-            if not 0 < getattr(self, k) < 1: bad(f'{k} is {getattr(self, k)}', 'a share between 0 and 1')
-        if not 0 < self.crop[0] <= self.crop[1] <= 1: bad(f'crop {self.crop}', 'shares of the area in (0, 1]')
-        if self.normalise not in NORMS: fixed_norm(self.normalise)
-        if self.eps <= 0: bad(f'eps is {self.eps}', 'above 0')
-        for k in self.images:
-            if not 0 < kept_blocks(prod(self.grid(k)), self.ratio) < prod(self.grid(k)): bad(f'ratio {self.ratio} of {prod(self.grid(k))} patches', 'some hidden and some not')
-
+    def __post_init__(self): check_mim(self)
     @property
     def images(self)->tuple: return tuple(k for k in self.kinds if k != 'text')
     @property
     def region(self)->tuple: return tuple(getattr(self, f'region{self.images[0]}')) if self.images else ()
     def grid(self, kind:str)->tuple: return tuple(s//getattr(self, f'patch{kind}') for s in getattr(self, f'region{kind}'))
 
-    def for_data(self, rows, channels=None):
-        "Channels of a prepared set, by name: colours are recognised by them."
-        names = channel_order(channels or self.channels or {c for r in rows for c in r['channels']})
-        big = [r['case'] for r in rows if any(a > b for a,b in zip(r['shape'][-len(self.region):], self.region))]
-        if big and len(self.region) == 2: print(f'{len(big)} of {len(rows)} images are larger than the region {self.region}: a random part of each is read. To see whole ones, prepare them at this size')
-        return replace(self, channels=names)
+# %% ../../nbs/47_tasks.mim.ipynb #08c86bdf
+def check_mim(
+    cfg:MIMConfig,  # lists from a file become tuples
+):
+    "Values that cannot work are refused when they are set."
+    bad = lambda came,want,todo='': (_ for _ in ()).throw(UserError(f'MIM: {came}', want, todo))
+    cfg.kinds = tuple(cfg.kinds)
+    if not cfg.kinds or len(set(cfg.kinds)) < len(cfg.kinds) or set(cfg.kinds) - {'text','2d','3d'}: bad(f'kinds {cfg.kinds}', "some of 'text', '2d', '3d', each once")
+    for k,n in (('2d', 2), ('3d', 3)):
+        r,p = tuple(getattr(cfg, f'region{k}')),getattr(cfg, f'patch{k}')
+        if len(r) != n: bad(f'region{k} {r}', f'{n} numbers')
+        if k in cfg.kinds and any(s % p for s in r): bad(f'region{k} {r} and patches of {p}', 'multiples of the patch')
+    for k in ('ratio','word_ratio'):
+        if not 0 < getattr(cfg, k) < 1: bad(f'{k} is {getattr(cfg, k)}', 'a share between 0 and 1')
+    if not 0 < cfg.crop[0] <= cfg.crop[1] <= 1: bad(f'crop {cfg.crop}', 'shares of the area in (0, 1]')
+    if cfg.normalise not in NORMS: fixed_norm(cfg.normalise)
+    if cfg.eps <= 0: bad(f'eps is {cfg.eps}', 'above 0')
+    for k in cfg.images:
+        if not 0 < kept_blocks(prod(cfg.grid(k)), cfg.ratio) < prod(cfg.grid(k)): bad(f'ratio {cfg.ratio} of {prod(cfg.grid(k))} patches', 'some hidden and some not')
 
-    @classmethod
-    def for_2d(cls, **kw): return cls(**{**dict(kinds=('2d',)), **kw})
-    @classmethod
-    def for_3d(cls, **kw): return cls(**{**dict(kinds=('3d',)), **kw})
-    @classmethod
-    def unified(cls, **kw): return cls(**{**dict(kinds=('text','2d','3d')), **kw})
-    @classmethod
-    def small(cls, **kw):
-        "For lessons, tests and laptops."
-        return cls(**{**dict(region2d=(64,64), region3d=(32,32,32), patch2d=8, patch3d=8, width=128, depth=4, heads=4, decoder_width=64, decoder_depth=2, decoder_heads=4, vocab=512, text_length=64, normalise='fixed:0.5:0.2'), **kw})
-    @classmethod
-    def small2d(cls, **kw): return cls.small(**{**dict(kinds=('2d',)), **kw})
-    @classmethod
-    def small3d(cls, **kw): return cls.small(**{**dict(kinds=('3d',)), **kw})
-    @classmethod
-    def small_unified(cls, **kw): return cls.small(**{**dict(kinds=('text','2d','3d')), **kw})
+# %% ../../nbs/47_tasks.mim.ipynb #02732bc9
+def _for_data(self, rows, channels=None):
+    "Channels of a prepared set, by name: colours are recognised by them."
+    names = channel_order(channels or self.channels or {c for r in rows for c in r['channels']})
+    big = [r['case'] for r in rows if any(a > b for a,b in zip(r['shape'][-len(self.region):], self.region))]
+    if big and len(self.region) == 2: print(f'{len(big)} of {len(rows)} images are larger than the region {self.region}: a random part of each is read. To see whole ones, prepare them at this size')
+    return replace(self, channels=names)
+
+def _for_2d(cls, **kw): return cls(**{**dict(kinds=('2d',)), **kw})
+def _for_3d(cls, **kw): return cls(**{**dict(kinds=('3d',)), **kw})
+def _unified(cls, **kw): return cls(**{**dict(kinds=('text','2d','3d')), **kw})
+def _small(cls, **kw):
+    "For lessons, tests and laptops."
+    return cls(**{**dict(region2d=(64,64), region3d=(32,32,32), patch2d=8, patch3d=8, width=128, depth=4, heads=4, decoder_width=64, decoder_depth=2, decoder_heads=4, vocab=512, text_length=64, normalise='fixed:0.5:0.2'), **kw})
+def _small2d(cls, **kw): return cls.small(**{**dict(kinds=('2d',)), **kw})
+def _small3d(cls, **kw): return cls.small(**{**dict(kinds=('3d',)), **kw})
+def _small_unified(cls, **kw): return cls.small(**{**dict(kinds=('text','2d','3d')), **kw})
+
+MIMConfig.for_data = _for_data
+MIMConfig.for_2d,MIMConfig.for_3d,MIMConfig.unified = classmethod(_for_2d),classmethod(_for_3d),classmethod(_unified)
+MIMConfig.small,MIMConfig.small2d,MIMConfig.small3d,MIMConfig.small_unified = classmethod(_small),classmethod(_small2d),classmethod(_small3d),classmethod(_small_unified)
 
 # %% ../../nbs/47_tasks.mim.ipynb #effb9275
 def pick_channels(
@@ -249,36 +252,6 @@ class MIM(Task):
 
     def views(self, batch, gen):
         return self.text_views(batch, gen) if 'text' in batch else self.image_views(batch, gen)
-    def text_views(self, batch, gen):
-        c = self.cfg
-        if 'text' not in c.kinds: raise UserError(f'reports reached a task for {", ".join(c.kinds)}', "'text' among its kinds")
-        tok = self.encoder.tokenizer; enc = self.read(batch)
-        ids,labels = mask_words(enc, tok, gen, c.word_ratio); pad = enc['pad']
-        if batch.get('mixup'): ids,pad,labels = mix_tokens(draw_token_mix(*ids.shape, gen), ids, pad, labels)
-        ask = (labels.flatten() >= 0).nonzero()[:,0]                            # found here: on a device the number would have to be waited for
-        return dict(kind='text', **{k: t.to(self.device) for k,t in dict(ids=ids, pad=pad, labels=labels, ask=ask).items()})
-    def image_views(self, batch, gen):
-        c,kind = self.cfg,kind_of(batch['image']); x = self.look(batch, gen); n,S = len(x),tuple(x.shape[2:])
-        if S != tuple(getattr(c, f'region{kind}')): raise UserError(f'images of size {S}', f'{getattr(c, f"region{kind}")}, for which the decoder was built', f'set region{kind}')
-        if batch.get('augment', True):
-            if kind == '2d':
-                if c.crop != (1.,1.): x = apply_crop(x, draw_crop(n, S, gen, c.crop))
-                x = torch.where(per_case((torch.rand(n, generator=gen) < c.flip).float(), x) > 0, x.flip(-1), x)
-            else: x = apply_turns(x, dict(flip=(torch.rand(n, 3, generator=gen) < .5) & (torch.rand(n, 1, generator=gen) < c.mirror), quarter=torch.zeros(n).long()))
-        if batch.get('mixup'): x = mix_images(x, draw_mixup(n, gen))
-        L = prod(c.grid(kind)); order = torch.rand(n, L, generator=gen).argsort(1); K = kept_blocks(L, c.ratio); keep,ask = order[:,:K].sort(1)[0],order[:,K:].sort(1)[0]
-        hidden = torch.ones(n, L, dtype=torch.bool).scatter_(1, keep, False)
-        return dict(kind=kind, image=x, keep=keep.to(x.device), hidden=hidden.to(x.device), ask=ask.to(x.device))     # ask: hidden, as numbers of patches
-    def read(self, batch):
-        "Tokens of the reports; one that has no sentence left when clean is taken as it is."
-        return self.encoder.tokenizer.encode([clean_report(t) or t for t in batch['text']] if self.cfg.clean and not isinstance(batch['text'], str) else batch['text'], self.cfg.text_length)
-    def look(self, batch, gen=None):
-        "`(B, C, *S)`: the channels of the network, normalised."
-        c,x = self.cfg,batch['image']; kind = kind_of(x)
-        if kind not in c.images: raise UserError(f'images of shape {tuple(x.shape)} reached a task for {", ".join(c.kinds)}', f'{kind!r} among its kinds', 'choose the preset of the other dimension')
-        names = c.channels if c.channels and len(c.channels) == x.shape[1] else None
-        x = pick_channels(x, batch['present'], getattr(c, f'channels{kind}'), names, gen)
-        return input_norm(x, c.normalise)
 
     def features(self, v):
         "`(B, n, D)`: class token and kept tokens of an image, all tokens of a report. What a teacher is compared with."
@@ -299,6 +272,46 @@ class MIM(Task):
         hidden = lambda t: t.gather(1, v['ask'][...,None].expand(-1, -1, t.shape[-1]))
         target = patch_target(hidden(patchify(v['image'], getattr(self.cfg, f'patch{v["kind"]}'))), self.cfg.norm_target, self.cfg.eps)
         return dict(mim=(hidden(out['pred']).float() - target).square().mean())
+
+# %% ../../nbs/47_tasks.mim.ipynb #ebde41db
+def _read(self, batch):
+    "Tokens of the reports; one that has no sentence left when clean is taken as it is."
+    return self.encoder.tokenizer.encode([clean_report(t) or t for t in batch['text']] if self.cfg.clean and not isinstance(batch['text'], str) else batch['text'], self.cfg.text_length)
+
+def _look(self, batch, gen=None):
+    "`(B, C, *S)`: the channels of the network, normalised."
+    c,x = self.cfg,batch['image']; kind = kind_of(x)
+    if kind not in c.images: raise UserError(f'images of shape {tuple(x.shape)} reached a task for {", ".join(c.kinds)}', f'{kind!r} among its kinds', 'choose the preset of the other dimension')
+    names = c.channels if c.channels and len(c.channels) == x.shape[1] else None
+    x = pick_channels(x, batch['present'], getattr(c, f'channels{kind}'), names, gen)
+    return input_norm(x, c.normalise)
+
+MIM.read,MIM.look = _read,_look
+
+# %% ../../nbs/47_tasks.mim.ipynb #cf6d4a27
+def _text_views(self, batch, gen):
+    c = self.cfg
+    if 'text' not in c.kinds: raise UserError(f'reports reached a task for {", ".join(c.kinds)}', "'text' among its kinds")
+    tok = self.encoder.tokenizer; enc = self.read(batch)
+    ids,labels = mask_words(enc, tok, gen, c.word_ratio); pad = enc['pad']
+    if batch.get('mixup'): ids,pad,labels = mix_tokens(draw_token_mix(*ids.shape, gen), ids, pad, labels)
+    ask = (labels.flatten() >= 0).nonzero()[:,0]                            # found here: on a device the number would have to be waited for
+    return dict(kind='text', **{k: t.to(self.device) for k,t in dict(ids=ids, pad=pad, labels=labels, ask=ask).items()})
+
+def _image_views(self, batch, gen):
+    c,kind = self.cfg,kind_of(batch['image']); x = self.look(batch, gen); n,S = len(x),tuple(x.shape[2:])
+    if S != tuple(getattr(c, f'region{kind}')): raise UserError(f'images of size {S}', f'{getattr(c, f"region{kind}")}, for which the decoder was built', f'set region{kind}')
+    if batch.get('augment', True):
+        if kind == '2d':
+            if c.crop != (1.,1.): x = apply_crop(x, draw_crop(n, S, gen, c.crop))
+            x = torch.where(per_case((torch.rand(n, generator=gen) < c.flip).float(), x) > 0, x.flip(-1), x)
+        else: x = apply_turns(x, dict(flip=(torch.rand(n, 3, generator=gen) < .5) & (torch.rand(n, 1, generator=gen) < c.mirror), quarter=torch.zeros(n).long()))
+    if batch.get('mixup'): x = mix_images(x, draw_mixup(n, gen))
+    L = prod(c.grid(kind)); order = torch.rand(n, L, generator=gen).argsort(1); K = kept_blocks(L, c.ratio); keep,ask = order[:,:K].sort(1)[0],order[:,K:].sort(1)[0]
+    hidden = torch.ones(n, L, dtype=torch.bool).scatter_(1, keep, False)
+    return dict(kind=kind, image=x, keep=keep.to(x.device), hidden=hidden.to(x.device), ask=ask.to(x.device))     # ask: hidden, as numbers of patches
+
+MIM.text_views,MIM.image_views = _text_views,_image_views
 
 # %% ../../nbs/47_tasks.mim.ipynb #0fd237a3
 @contextmanager

@@ -6,7 +6,7 @@
 __all__ = ['SKIPS', 'RESERVED', 'FREE', 'RESUME', 'TrainConfig', 'check_config', 'peak_rate', 'RowAdamW', 'make_optimizer',
            'device_of', 'slurm', 'torchrun_there', 'make_fabric', 'sharded', 'shard', 'whole', 'divided', 'NonFinite',
            'Trainer', 'dump_step', 'replay', 'History', 'run_lock', 'Stopped', 'Stopper', 'out_of_memory', 'trouble',
-           'differing', 'restore', 'case_loader', 'scalar_log', 'train', 'progress', 'loop']
+           'differing', 'restore', 'case_loader', 'scalar_log', 'train', 'progress', 'save_run', 'loop']
 
 # %% ../../nbs/52_train.trainer.ipynb #4ab88f48
 import copy
@@ -267,78 +267,76 @@ class Trainer:
         self.seen = (out, views) if self.cfg.health_every else None
         return self.task.losses(out, views)
 
-    def train_step(self, micros, stop=0.):
-        "One optimiser step over a list of micro-batches; the row of the history, and the mean over processes of `stop`."
-        cfg,fabric,t,n = self.cfg,self.fabric,self.step,len(micros)
-        lr = lr_at(t, cfg.steps, self.peak, cfg.warmup, kind=cfg.schedule)
-        for g in self.opt.param_groups: g['lr'] = lr*g['scale']
-        self.before = {k: b.detach().clone() for k,b in self.task.named_buffers()}
-        each = []
-        for m,batch in enumerate(micros):
-            # gradients travel between processes once a step, with the last micro-batch
-            with fabric.no_backward_sync(self.model) if fabric.world_size > 1 and m < n-1 else nullcontext():
-                terms = self.terms(batch, m)
-                fabric.backward(sum(terms.values())/n)
-            each.append({k: v.detach().float() for k,v in terms.items()})
-        self.task.before_step(t)
-        norm = self.clip()
-        names = list(each[0])
-        if clash := sorted(set(names) & set(RESERVED)): raise UserError(f'{type(self.task).__name__} names a term {clash[0]!r}', 'another name: the history uses this one')
-        mean = torch.stack([sum(e[k] for e in each)/n for k in names] + [torch.tensor(float(stop), device=fabric.device)])
-        if fabric.world_size > 1: mean = fabric.all_reduce(mean, reduce_op='mean')
-        *vals,stop,norm = torch.cat([mean, norm.reshape(1)]).tolist()        # the one moment at which the host waits for the device
-        self.skipped = 0 if math.isfinite(norm) else self.skipped+1
-        if not all(map(math.isfinite, vals)) or self.skipped > (SKIPS if cfg.precision == '16-mixed' else 0): raise self.refuse(micros, each, dict(zip(names, vals)), norm)
-        self.opt.step(); self.opt.zero_grad(set_to_none=True)
-        self.task.after_step(t); self.step += 1
-        row = dict(step=self.step, loss=sum(vals), **dict(zip(names, vals)), lr=lr, grad_norm=norm if math.isfinite(norm) else None)
-        if cfg.health_every and t % cfg.health_every == 0:
-            with torch.no_grad(): row.update({k: float(v) for k,v in self.task.health(*self.seen).items()})
-        return row,stop
+# %% ../../nbs/52_train.trainer.ipynb #af33bb49
+def _train_step(self, micros, stop=0.):
+    "One optimiser step over a list of micro-batches; the row of the history, and the mean over processes of `stop`."
+    cfg,fabric,t,n = self.cfg,self.fabric,self.step,len(micros)
+    lr = lr_at(t, cfg.steps, self.peak, cfg.warmup, kind=cfg.schedule)
+    for g in self.opt.param_groups: g['lr'] = lr*g['scale']
+    self.before = {k: b.detach().clone() for k,b in self.task.named_buffers()}
+    each = []
+    for m,batch in enumerate(micros):
+        # gradients travel between processes once a step, with the last micro-batch
+        with fabric.no_backward_sync(self.model) if fabric.world_size > 1 and m < n-1 else nullcontext():
+            terms = self.terms(batch, m)
+            fabric.backward(sum(terms.values())/n)
+        each.append({k: v.detach().float() for k,v in terms.items()})
+    self.task.before_step(t)
+    norm = self.clip()
+    names = list(each[0])
+    if clash := sorted(set(names) & set(RESERVED)): raise UserError(f'{type(self.task).__name__} names a term {clash[0]!r}', 'another name: the history uses this one')
+    mean = torch.stack([sum(e[k] for e in each)/n for k in names] + [torch.tensor(float(stop), device=fabric.device)])
+    if fabric.world_size > 1: mean = fabric.all_reduce(mean, reduce_op='mean')
+    *vals,stop,norm = torch.cat([mean, norm.reshape(1)]).tolist()        # the one moment at which the host waits for the device
+    self.skipped = 0 if math.isfinite(norm) else self.skipped+1
+    if not all(map(math.isfinite, vals)) or self.skipped > (SKIPS if cfg.precision == '16-mixed' else 0): raise self.refuse(micros, each, dict(zip(names, vals)), norm)
+    self.opt.step(); self.opt.zero_grad(set_to_none=True)
+    self.task.after_step(t); self.step += 1
+    row = dict(step=self.step, loss=sum(vals), **dict(zip(names, vals)), lr=lr, grad_norm=norm if math.isfinite(norm) else None)
+    if cfg.health_every and t % cfg.health_every == 0:
+        with torch.no_grad(): row.update({k: float(v) for k,v in self.task.health(*self.seen).items()})
+    return row,stop
 
-    def clip(self):
-        "Norm of the whole gradient before clipping; clips where asked."
-        cfg = self.cfg
-        if cfg.precision == '16-mixed': return whole(self.fabric.clip_gradients(self.model, self.opt, max_norm=cfg.clip or float('inf'), error_if_nonfinite=False))
-        rows = [p for p in self.params if p.grad is not None and p.grad.is_sparse]
-        for p in rows: p.grad = p.grad.coalesce()
-        norm = torch.nn.utils.get_total_norm([p.grad.values() if p.grad.is_sparse else p.grad for p in self.params if p.grad is not None])
-        if cfg.clip:
-            torch.nn.utils.clip_grads_with_norm_([p for p in self.params if p.grad is not None and not p.grad.is_sparse], cfg.clip, norm)
-            for p in rows: p.grad.values().mul_((cfg.clip/(norm + 1e-6)).clamp(max=1.))
-        return whole(norm)
+def _clip(self):
+    "Norm of the whole gradient before clipping; clips where asked."
+    cfg = self.cfg
+    if cfg.precision == '16-mixed': return whole(self.fabric.clip_gradients(self.model, self.opt, max_norm=cfg.clip or float('inf'), error_if_nonfinite=False))
+    rows = [p for p in self.params if p.grad is not None and p.grad.is_sparse]
+    for p in rows: p.grad = p.grad.coalesce()
+    norm = torch.nn.utils.get_total_norm([p.grad.values() if p.grad.is_sparse else p.grad for p in self.params if p.grad is not None])
+    if cfg.clip:
+        torch.nn.utils.clip_grads_with_norm_([p for p in self.params if p.grad is not None and not p.grad.is_sparse], cfg.clip, norm)
+        for p in rows: p.grad.values().mul_((cfg.clip/(norm + 1e-6)).clamp(max=1.))
+    return whole(norm)
 
-    def gathered(self):
-        "Task and optimiser as a single process has them: themselves, or a copy of all the parts on the CPU. Every process must ask."
-        if self.outline is None: return self.task,self.opt
-        task = copy.deepcopy(self.outline).to_empty(device='cpu'); opt = make_optimizer(task, self.cfg)
-        task.load_state_dict({k: whole(v.detach()).cpu() for k,v in self.task.state_dict().items()})
-        mine,state = dict(self.task.named_parameters()),self.opt.optimizer.state
-        for n,p in task.named_parameters():
-            if mine[n] in state: opt.state[p] = {k: whole(v).detach().cpu() if torch.is_tensor(v) else v for k,v in state[mine[n]].items()}
-        for g,h in zip(opt.param_groups, self.opt.param_groups): g.update({k: v for k,v in h.items() if k != 'params'})
-        return task,opt
+Trainer.train_step,Trainer.clip = _train_step,_clip
 
-    def load(self, path):
-        "Weights and optimiser of a checkpoint, divided where this run divides them; its state.json."
-        if self.outline is None: return load_checkpoint(path, self.task, self.opt, self.method)
-        task = copy.deepcopy(self.outline).to_empty(device='cpu'); opt = make_optimizer(task, self.cfg)
-        said,full = load_checkpoint(path, task, opt, self.method),task.state_dict()
-        with torch.no_grad():
-            for k,v in self.task.state_dict().items(): v.copy_(divided(full[k], v))
-        mine,state = dict(self.task.named_parameters()),self.opt.optimizer.state
-        for n,p in task.named_parameters():
-            if p in opt.state: state[mine[n]] = {k: divided(v, mine[n]) if torch.is_tensor(v) and v.shape == p.shape else v for k,v in opt.state[p].items()}
-        for g,h in zip(self.opt.param_groups, opt.param_groups): g.update({k: v for k,v in h.items() if k != 'params'})
-        return said
+# %% ../../nbs/52_train.trainer.ipynb #cc445b81
+def _gathered(self):
+    "Task and optimiser as a single process has them: themselves, or a copy of all the parts on the CPU. Every process must ask."
+    if self.outline is None: return self.task,self.opt
+    task = copy.deepcopy(self.outline).to_empty(device='cpu'); opt = make_optimizer(task, self.cfg)
+    task.load_state_dict({k: whole(v.detach()).cpu() for k,v in self.task.state_dict().items()})
+    mine,state = dict(self.task.named_parameters()),self.opt.optimizer.state
+    for n,p in task.named_parameters():
+        if mine[n] in state: opt.state[p] = {k: whole(v).detach().cpu() if torch.is_tensor(v) else v for k,v in state[mine[n]].items()}
+    for g,h in zip(opt.param_groups, self.opt.param_groups): g.update({k: v for k,v in h.items() if k != 'params'})
+    return task,opt
 
-    def refuse(self, micros, each, terms, norm):
-        where = dump_step(self, micros, each) if self.out is not None else None
-        bad = sorted(k for k,v in terms.items() if not math.isfinite(v))
-        what = f'{", ".join(bad)} not finite' if bad else f'the loss is finite, but the norm of its gradient is {norm}'
-        if not bad and self.skipped > 1: what += f', {self.skipped} steps in a row, however small the loss scale'
-        return NonFinite(f'step {self.step}: {what} ({ {k: round(v, 6) for k,v in terms.items()} })', 'finite numbers',
-            f'nothing was moved{f"; replay it with replay({str(where)!r}, task)" if where else ""}; look at the named inputs in its info.json, lower the rate, or clip')
+def _load(self, path):
+    "Weights and optimiser of a checkpoint, divided where this run divides them; its state.json."
+    if self.outline is None: return load_checkpoint(path, self.task, self.opt, self.method)
+    task = copy.deepcopy(self.outline).to_empty(device='cpu'); opt = make_optimizer(task, self.cfg)
+    said,full = load_checkpoint(path, task, opt, self.method),task.state_dict()
+    with torch.no_grad():
+        for k,v in self.task.state_dict().items(): v.copy_(divided(full[k], v))
+    mine,state = dict(self.task.named_parameters()),self.opt.optimizer.state
+    for n,p in task.named_parameters():
+        if p in opt.state: state[mine[n]] = {k: divided(v, mine[n]) if torch.is_tensor(v) and v.shape == p.shape else v for k,v in opt.state[p].items()}
+    for g,h in zip(self.opt.param_groups, opt.param_groups): g.update({k: v for k,v in h.items() if k != 'params'})
+    return said
+
+Trainer.gathered,Trainer.load = _gathered,_load
 
 # %% ../../nbs/52_train.trainer.ipynb #91b56518
 def dump_step(
@@ -384,6 +382,17 @@ def replay(
     tr.gen = lambda name, micro: generator(cfg.seed, info['step'], rank, name, micro)
     batches = [{**read_tensors(dump/f'rank_{rank}_micro_{m}.safetensors'), **p} for m,p in enumerate(info['plain'])]
     return [{k: v.item() for k,v in tr.terms(b, m).items()} for m,b in enumerate(batches)]
+
+# %% ../../nbs/52_train.trainer.ipynb #54a33697
+def _refuse(self, micros, each, terms, norm):
+    where = dump_step(self, micros, each) if self.out is not None else None
+    bad = sorted(k for k,v in terms.items() if not math.isfinite(v))
+    what = f'{", ".join(bad)} not finite' if bad else f'the loss is finite, but the norm of its gradient is {norm}'
+    if not bad and self.skipped > 1: what += f', {self.skipped} steps in a row, however small the loss scale'
+    return NonFinite(f'step {self.step}: {what} ({ {k: round(v, 6) for k,v in terms.items()} })', 'finite numbers',
+        f'nothing was moved{f"; replay it with replay({str(where)!r}, task)" if where else ""}; look at the named inputs in its info.json, lower the rate, or clip')
+
+Trainer.refuse = _refuse
 
 # %% ../../nbs/52_train.trainer.ipynb #50ee5e28
 class History:
@@ -618,6 +627,23 @@ def progress(
             if not self.disable: self.display(); self.disable = True
     return Lines(total=total, initial=initial, desc=desc, unit='step', mininterval=every, maxinterval=every, miniters=1, ncols=0)
 
+# %% ../../nbs/52_train.trainer.ipynb #0032ec37
+def save_run(
+    tr:Trainer,
+    history,         # of process 0; None on the others
+    settings:dict,   # kept in the checkpoint
+    card,            # kept in the checkpoint
+):
+    "A checkpoint of the run as it stands; older ones make room."
+    cfg,fabric,out = tr.cfg,tr.fabric,tr.out
+    task,opt = tr.gathered()
+    if history is not None:
+        history.sync()
+        scaler = {k: float(v) for k,v in fabric._precision.state_dict().items()}
+        save_checkpoint(out/'checkpoints', task, opt, tr.step, dict(method=tr.method, config=settings, card=card, scaler=scaler or None))
+        prune(out/'checkpoints', cfg.keep)
+    fabric.barrier()
+
 # %% ../../nbs/52_train.trainer.ipynb #a839ee04
 def loop(
     tr:Trainer,      # restored
@@ -630,14 +656,6 @@ def loop(
     "Steps until the end, a signal, or the clock; saves on the way and at the end."
     cfg,fabric,out = tr.cfg,tr.fabric,tr.out
     lead,begin = fabric.global_rank == 0,time.monotonic()
-    def save():
-        task,opt = tr.gathered()
-        if lead:
-            history.sync()
-            scaler = {k: float(v) for k,v in fabric._precision.state_dict().items()}
-            save_checkpoint(out/'checkpoints', task, opt, tr.step, dict(method=tr.method, config=settings, card=card, scaler=scaler or None))
-            prune(out/'checkpoints', cfg.keep)
-        fabric.barrier()
     history = History(out/'history.jsonl', tr.step) if lead else None
     log = scalar_log(out/'tb', tr.step) if lead and cfg.tensorboard and tr.step < cfg.steps else None
     bar = progress(cfg.steps, tr.step, out.name, off=not (lead and cfg.bar and tr.step < cfg.steps))
@@ -668,9 +686,9 @@ def loop(
             if tr.step % cfg.log_every == 0 or tr.step == cfg.steps:
                 bar.set_postfix(loss=f'{row["loss"]:.4g}', vol_s=f'{row["volumes_per_s"]:.3g}', wait=f'{row["wait"]:.0%}', refresh=False)
                 if log: log(row)
-            if halt or cfg.save_every and tr.step % cfg.save_every == 0: save(); saved = tr.step
+            if halt or cfg.save_every and tr.step % cfg.save_every == 0: save_run(tr, history, settings, card); saved = tr.step
             if halt: break
-        if saved != tr.step: save()
+        if saved != tr.step: save_run(tr, history, settings, card)
         elif lead: prune(out/'checkpoints', cfg.keep)                   # killed between the last save and the removal of older ones
         if tr.step < cfg.steps:
             said = f'stopped at step {tr.step} of {cfg.steps} ({stop.reason or ("a signal" if halt > 1 else "time is up")}); the same command continues'
