@@ -546,30 +546,8 @@ class Prepared:
     def info(self, case)->dict:
         "Everything that was written down about a case: inverse, intensity rules, places of labels."
         return read_json(self.dir/'volumes'/f'{self.row(case)["case"]}.json')
-    def read(self,
-        case,           # name or row
-        box=None,       # `(start, stop)`, each `(d, h, w)` or `(h, w)`; None reads the whole volume
-        channels=None,  # names; default `self.channels`
-    )->tuple:           # image `(C, *box)` float32 with zeros where absent, present `(C,)` bool
-        "A region of a case, on the channels of the set."
-        r,names = self.row(case),tuple(channels or self.channels)
-        for c in names: choose(c, self.channels, 'channel')
-        have = [c for c in names if c in r['channels']]
-        x = read_array(self.dir/'volumes'/f'{r["case"]}.b2nd', _box3(r, box), [r['channels'].index(c) for c in have], (len(r['channels']), *r['shape']))
-        out = torch.zeros(len(names), *x.shape[1:])
-        for c,v in zip(have, x): out[names.index(c)] = torch.from_numpy(v)
-        out = out.numpy()
-        return (out if r['dims'] == 3 else out[:,0]), np.array([c in have for c in names])
-    def read_seg(self,
-        case,           # name or row
-        box=None,       # as in `read`
-    )->np.ndarray:      # `(1, *box)` int64
-        "A region of the label volume."
-        r = self.row(case)
-        if not r.get('seg'): raise UserError(f'case {r["case"]} has no segmentation', 'a labelled case', 'choose with select(labelled="seg")')
-        x = read_array(self.dir/'volumes'/f'{r["case"]}.seg.b2nd', _box3(r, box), shape=(1, *r['shape'])).astype(np.int64)
-        return x if r['dims'] == 3 else x[:,0]
 
+# %% ../../nbs/15_data.cases.ipynb #af9bbfad
 def _box3(row, box):
     "A box on three axes, inside the volume."
     if box is None: return None
@@ -577,6 +555,34 @@ def _box3(row, box):
     lo,hi = ([int(v) for v in b] for b in box)
     if len(lo) != n or any(not 0 <= a < b <= f for a,b,f in zip(lo, hi, full)): raise UserError(f'box {tuple(lo)} to {tuple(hi)} in case {row["case"]} of shape {tuple(full)}', 'a box inside the volume')
     return ([0]*(3-n) + lo, [1]*(3-n) + hi)
+
+# %% ../../nbs/15_data.cases.ipynb #ac5c3d79
+def _read(self,
+    case,           # name or row
+    box=None,       # `(start, stop)`, each `(d, h, w)` or `(h, w)`; None reads the whole volume
+    channels=None,  # names; default `self.channels`
+)->tuple:           # image `(C, *box)` float32 with zeros where absent, present `(C,)` bool
+    "A region of a case, on the channels of the set."
+    r,names = self.row(case),tuple(channels or self.channels)
+    for c in names: choose(c, self.channels, 'channel')
+    have = [c for c in names if c in r['channels']]
+    x = read_array(self.dir/'volumes'/f'{r["case"]}.b2nd', _box3(r, box), [r['channels'].index(c) for c in have], (len(r['channels']), *r['shape']))
+    out = torch.zeros(len(names), *x.shape[1:])
+    for c,v in zip(have, x): out[names.index(c)] = torch.from_numpy(v)
+    out = out.numpy()
+    return (out if r['dims'] == 3 else out[:,0]), np.array([c in have for c in names])
+
+def _read_seg(self,
+    case,           # name or row
+    box=None,       # as in `read`
+)->np.ndarray:      # `(1, *box)` int64
+    "A region of the label volume."
+    r = self.row(case)
+    if not r.get('seg'): raise UserError(f'case {r["case"]} has no segmentation', 'a labelled case', 'choose with select(labelled="seg")')
+    x = read_array(self.dir/'volumes'/f'{r["case"]}.seg.b2nd', _box3(r, box), shape=(1, *r['shape'])).astype(np.int64)
+    return x if r['dims'] == 3 else x[:,0]
+
+Prepared.read,Prepared.read_seg = _read,_read_seg
 
 # %% ../../nbs/15_data.cases.ipynb #67e981f2
 def place_region(
@@ -664,40 +670,46 @@ class Cases(torch.utils.data.Dataset):
         self.rows = rows
     def __len__(self): return len(self.rows)
 
-    def __getitem__(self, key):
-        i,seed = key
-        r = self.rows[i]
-        full = r['shape'][-self.dims:]
-        region = self.region or full
-        start = self._start(r, full, region, torch.Generator().manual_seed(int(seed)))
-        lo,hi = [max(s, 0) for s in start],[min(s+n, f) for s,n,f in zip(start, region, full)]
-        inner = tuple(slice(a-s, b-s) for a,b,s in zip(lo, hi, start))
-        have = [c for c in self.channels if c in r['channels']]
-        read = lambda suffix, ch: read_array(self.dir/'volumes'/f'{r["case"]}{suffix}.b2nd', ([0]*(3-self.dims) + lo, [1]*(3-self.dims) + hi), ch, (1 if suffix else len(r['channels']), *r['shape']))
-        flat = (lambda x: x) if self.dims == 3 else (lambda x: x[:,0])
-        x = torch.from_numpy(flat(read('', [r['channels'].index(c) for c in have]))).float()   # torch widens half precision four times as fast as numpy
-        image = x
-        if x.shape != (len(self.channels), *region):
-            image = torch.zeros(len(self.channels), *region)
-            for c,v in zip(have, x): image[(self.channels.index(c), *inner)] = v
-        out = dict(image=image, present=torch.tensor([c in have for c in self.channels]), start=torch.tensor(start),
-                   valid=torch.tensor([[s.start for s in inner], [s.stop for s in inner]]), full=torch.tensor(full), spacing=torch.tensor(r['spacing'][-self.dims:], dtype=torch.float32), case=r['case'], subject=r['subject'])
-        if self.seg:
-            out['label'] = torch.zeros(1, *region, dtype=torch.int64)
-            out['label'][(slice(None), *inner)] = torch.from_numpy(flat(read('.seg', None)))
-        if self.target is not None:
-            v = r['labels'][self.target]
-            out['target'] = torch.tensor([float(c in v) for c in self.classes]) if self.multi else torch.tensor(self.classes.index(v))
-        return out
+# %% ../../nbs/15_data.cases.ipynb #8c5151db
+def _start(self, r, full, region, gen):
+    if self.rule in ('centre', 'whole'): return place_region(full, region, None)
+    if self.rule == 'random': return place_region(full, region, gen)
+    u = torch.rand(3, generator=gen).tolist()   # three draws before the place: whether, which value, which voxel
+    pts = list(read_json(self.dir/'volumes'/f'{r["case"]}.json')['points'].values()) if u[0] < self.foreground else []
+    if not pts: return place_region(full, region, gen)
+    pts = pts[int(u[1]*len(pts))]
+    return place_region(full, region, gen, pts[int(u[2]*len(pts))][-self.dims:])
 
-    def _start(self, r, full, region, gen):
-        if self.rule in ('centre', 'whole'): return place_region(full, region, None)
-        if self.rule == 'random': return place_region(full, region, gen)
-        u = torch.rand(3, generator=gen).tolist()   # three draws before the place: whether, which value, which voxel
-        pts = list(read_json(self.dir/'volumes'/f'{r["case"]}.json')['points'].values()) if u[0] < self.foreground else []
-        if not pts: return place_region(full, region, gen)
-        pts = pts[int(u[1]*len(pts))]
-        return place_region(full, region, gen, pts[int(u[2]*len(pts))][-self.dims:])
+Cases._start = _start
+
+# %% ../../nbs/15_data.cases.ipynb #7431a833
+def _item(self, key):
+    i,seed = key
+    r = self.rows[i]
+    full = r['shape'][-self.dims:]
+    region = self.region or full
+    start = self._start(r, full, region, torch.Generator().manual_seed(int(seed)))
+    lo,hi = [max(s, 0) for s in start],[min(s+n, f) for s,n,f in zip(start, region, full)]
+    inner = tuple(slice(a-s, b-s) for a,b,s in zip(lo, hi, start))
+    have = [c for c in self.channels if c in r['channels']]
+    read = lambda suffix, ch: read_array(self.dir/'volumes'/f'{r["case"]}{suffix}.b2nd', ([0]*(3-self.dims) + lo, [1]*(3-self.dims) + hi), ch, (1 if suffix else len(r['channels']), *r['shape']))
+    flat = (lambda x: x) if self.dims == 3 else (lambda x: x[:,0])
+    x = torch.from_numpy(flat(read('', [r['channels'].index(c) for c in have]))).float()   # torch widens half precision four times as fast as numpy
+    image = x
+    if x.shape != (len(self.channels), *region):
+        image = torch.zeros(len(self.channels), *region)
+        for c,v in zip(have, x): image[(self.channels.index(c), *inner)] = v
+    out = dict(image=image, present=torch.tensor([c in have for c in self.channels]), start=torch.tensor(start),
+               valid=torch.tensor([[s.start for s in inner], [s.stop for s in inner]]), full=torch.tensor(full), spacing=torch.tensor(r['spacing'][-self.dims:], dtype=torch.float32), case=r['case'], subject=r['subject'])
+    if self.seg:
+        out['label'] = torch.zeros(1, *region, dtype=torch.int64)
+        out['label'][(slice(None), *inner)] = torch.from_numpy(flat(read('.seg', None)))
+    if self.target is not None:
+        v = r['labels'][self.target]
+        out['target'] = torch.tensor([float(c in v) for c in self.classes]) if self.multi else torch.tensor(self.classes.index(v))
+    return out
+
+Cases.__getitem__ = _item
 
 # %% ../../nbs/15_data.cases.ipynb #628be038
 def collate(

@@ -170,7 +170,7 @@ def mutual_matches(
     keep = keep & (first >= cosine) & (torch.gather(rho, 1, pi) == torch.arange(a.shape[1], device=a.device))
     return torch.where(keep, pi, -1)
 
-# %% ../../nbs/34_losses.topology.ipynb #b3e648cc
+# %% ../../nbs/34_losses.topology.ipynb #3ed43aaa
 def draw_slots(
     n:int,  # directional terms
     T:int,  # tokens
@@ -180,6 +180,7 @@ def draw_slots(
     "One uniform number for each negative of the inter term. Spec §4.10."
     return torch.rand(n, T, k, generator=gen)
 
+# %% ../../nbs/34_losses.topology.ipynb #b6953946
 def _strangers(b, partner, claimed, positives, k, near_out):
     "`(P, T, T)` bool: whom the anchor of each row may be told apart from."
     free = ~claimed[:,None].expand(-1, b.shape[1], -1)
@@ -193,6 +194,26 @@ def _strangers(b, partner, claimed, positives, k, near_out):
         free = free & ~torch.zeros_like(free).scatter(2, _at(home, partner.clamp_min(0)), True)
     return free
 
+# %% ../../nbs/34_losses.topology.ipynb #e686e254
+@torch.no_grad()
+def _pick(w, b, partner, claimed, positives, k, near_out):
+    "The stranger of each slot `(P, T, k)`, and whether an anchor has any `(P, T)`."
+    n = (~claimed).sum(1)                                      # `(P,)`
+    if not near_out and bool((n > 0).all()):                   # one list serves all anchors: no T x T table
+        order = claimed.byte().argsort(dim=1, stable=True)     # unclaimed first, ascending
+        i = (w*n.view(-1, 1, 1)).long().clamp_max((n-1).view(-1, 1, 1))
+        return torch.gather(order, 1, i.flatten(1)).view_as(i), torch.ones_like(w[...,0], dtype=torch.bool)
+    count = _strangers(b, partner, claimed, positives, k, near_out).cumsum(2, dtype=torch.int32)
+    n = count[:,:,-1]
+    i = (w*n[...,None]).long().clamp_max((n-1).clamp_min(0)[...,None])
+    return torch.searchsorted(count, (i+1).to(torch.int32)).clamp_max(b.shape[1]-1), n > 0
+
+def _all_strangers(here, b, pos, free, margin):
+    "Mean hinge of each positive over every stranger."
+    d,n = gap(here, b),free.sum(2)
+    return torch.stack([((pos[:,:,r,None] - d + margin).clamp_min(0)*free).sum(2)/n.clamp_min(1) for r in range(pos.shape[2])], 2), n > 0
+
+# %% ../../nbs/34_losses.topology.ipynb #b3e648cc
 def inter_topology(
     A,                 # source tokens `(P, T, C)`, one row a pair of people; no gradient
     B,                 # target tokens `(P, T, C)`
@@ -221,24 +242,6 @@ def inter_topology(
     per = torch.where(slot, cost, 0.).sum(2)/slot.sum(2).clamp_min(1)
     active = slot.any(2)
     return per.sum(1)/active.sum(1).clamp_min(1), dict(matched=(partner >= 0).sum(1), anchors=active.sum(1))
-
-def _all_strangers(here, b, pos, free, margin):
-    "Mean hinge of each positive over every stranger."
-    d,n = gap(here, b),free.sum(2)
-    return torch.stack([((pos[:,:,r,None] - d + margin).clamp_min(0)*free).sum(2)/n.clamp_min(1) for r in range(pos.shape[2])], 2), n > 0
-
-@torch.no_grad()
-def _pick(w, b, partner, claimed, positives, k, near_out):
-    "The stranger of each slot `(P, T, k)`, and whether an anchor has any `(P, T)`."
-    n = (~claimed).sum(1)                                      # `(P,)`
-    if not near_out and bool((n > 0).all()):                   # one list serves all anchors: no T x T table
-        order = claimed.byte().argsort(dim=1, stable=True)     # unclaimed first, ascending
-        i = (w*n.view(-1, 1, 1)).long().clamp_max((n-1).view(-1, 1, 1))
-        return torch.gather(order, 1, i.flatten(1)).view_as(i), torch.ones_like(w[...,0], dtype=torch.bool)
-    count = _strangers(b, partner, claimed, positives, k, near_out).cumsum(2, dtype=torch.int32)
-    n = count[:,:,-1]
-    i = (w*n[...,None]).long().clamp_max((n-1).clamp_min(0)[...,None])
-    return torch.searchsorted(count, (i+1).to(torch.int32)).clamp_max(b.shape[1]-1), n > 0
 
 # %% ../../nbs/34_losses.topology.ipynb #2b5f4b20
 def sinkhorn(

@@ -256,7 +256,7 @@ def groups_of(cfg:SegmentConfig)->tuple:
     "What is scored: each region, or each value by itself."
     return tuple(cfg.regions) or tuple((v,) for v in cfg.values)
 
-# %% ../../nbs/45_tasks.supervised.ipynb #e105ede8
+# %% ../../nbs/45_tasks.supervised.ipynb #f62ff793
 @dataclass
 class ClassifyConfig:
     "Classification with few labels."
@@ -285,6 +285,7 @@ def class_loss(
     if t.ndim != 1 or int(t.min()) < 0 or int(t.max()) >= cfg.classes: raise UserError(f'targets of shape {tuple(t.shape)} from {int(t.min())} to {int(t.max())}', f'(B,) with 0 to {cfg.classes-1}', 'for several findings a case set multi')
     return dict(ce=F.cross_entropy(x, t.long(), w))
 
+# %% ../../nbs/45_tasks.supervised.ipynb #e105ede8
 class Classify(Task):
     "Encoder, pooled, a linear layer or a small perceptron."
     needs = ('target',)
@@ -307,6 +308,7 @@ class Classify(Task):
     def forward(self, v): return dict(logits=self.head(encode(self.encoder, v['image'], v['rest'])))
     def losses(self, out, v): return class_loss(out['logits'], v['target'], self.cfg)
 
+# %% ../../nbs/45_tasks.supervised.ipynb #8a40146a
 def predict_class(
     task,               # `Classify`
     image,              # `(B, M, *region)`

@@ -159,65 +159,82 @@ class TACO(Task):
     def tell(self, what):
         "Say a thing once."
         if what not in self.told: self.told.add(what); warnings.warn(what)
-    def views(self, batch, gen):
-        c,x = self.cfg,batch['image']
-        if x.ndim != len(self.region)+2: raise UserError(f'images of shape {tuple(x.shape)} reached a {len(self.region)}-D task', f'(B, M, {", ".join(map(str, self.region))})', 'choose the preset of the other dimension')
-        both,body,real,who = two_sequences(batch, c, gen)
-        dev = x.device
-        target,real = torch.cat([both[:,:1], both[:,1:]]),torch.cat([real, real])                      # first volumes, then second
-        v = dict(target=target, seen=target, count=real, who=who.to(dev))
-        if c.mask_ratio:
-            m = block_mask(both[:,:1], c.block, c.mask_ratio, gen).to(both); m = torch.cat([m, m])     # the same holes: what is hidden in one must not be read from the other
-            v |= dict(seen=target*(1-m), count=real*m)
-        subjects = batch.get('subject') or batch['case']
-        for name in ('12','21'): v['pairs'+name] = draw_pairs(subjects, c.pairs, gen).to(dev)
-        if c.w_inter and not len(v['pairs12']): self.tell('TACO: a batch of one person, so the inter term is off; use a batch of at least 2')
-        if c.w_intra and not len(who): self.tell('TACO: a batch in which nobody has two sequences, so the intra term is off')
-        if not c.exhaustive:
-            v['ranks'] = draw_ranks(2*len(who), self.tokens, c.k, gen).to(dev)
-            v['slots'] = draw_slots(len(v['pairs12']) + len(v['pairs21']), self.tokens, c.k, gen).to(dev)
-        return v
-    def forward(self, v):
-        feats = self.encoder(v['seen'])
-        out = dict(pred=self.decoder(feats[-1]))
-        if self.cfg.w_intra or self.cfg.w_inter:
-            f = feats[self.cfg.level]
-            out['z'] = as_tokens(f if self.lateral is None else self.lateral(f), self.cfg.legacy_layout)   # (2N, T, C)
-            if self.lateral is not None: out['idle'] = idle_zero(self.lateral)                             # a batch of one person has no topology
-        return out
-    def losses(self, out, v):
-        c = self.cfg
-        terms = dict(rec=c.w_rec*masked_mse(out['pred'], v['target'], v['count']))
-        if 'idle' in out: terms['rec'] = terms['rec'] + out['idle']
-        if c.w_intra: terms['intra'] = c.w_intra*self.intra(out, v)
-        if c.w_inter: terms['inter'] = c.w_inter*self.inter(out, v)[0]
-        return terms
-    def intra(self, out, v):
-        "Both directions, mean over the people who have two sequences; §4.2."
-        c,who,(z1,z2) = self.cfg,v['who'],out['z'].chunk(2)
-        if not len(who): return out['z'].sum()*0
-        a,b = z1[who],z2[who]
-        each = intra_topology(torch.cat([a, b]), torch.cat([b, a]), c.k, c.margin_intra, v.get('ranks'), c.anchor, c.metric)
-        return each.view(2, -1).sum(0).mean()
-    def inter(self, out, v):
-        "First volumes towards second ones and back, each the mean over its pairs; §4.4. And the counts."
-        c,(z1,z2) = self.cfg,out['z'].chunk(2)
-        p,q = v['pairs12'],v['pairs21']
-        if not len(p): return out['z'].sum()*0, dict(matched=p.new_zeros(1), anchors=p.new_zeros(1))
-        each,n = inter_topology(torch.cat([z1[p[:,0]], z2[q[:,0]]]), torch.cat([z2[p[:,1]], z1[q[:,1]]]), c.k, c.margin_inter, v.get('slots'), near_out=c.near_out, cosine=c.cosine, ratio=c.ratio, plan=c.plan)
-        return each[:len(p)].mean() + each[len(p):].mean(), n
-    def features(self, v): return self.encoder(v['seen'])[-1].flatten(2).transpose(1, 2)          # (2N, n, D)
-    def readout(self, batch, cls=True): return pooled(self.encoder, batch, 1, lambda x: zscore(x, (x != 0)*real_voxels(batch)))
-    @torch.no_grad()
-    def health(self, out, v):
-        "What the losses cannot say: share of tokens with a partner, share of anchors, effective rank of the tokens. Half of all tokens match by chance."
-        if 'z' not in out: return {}
-        row = dict(rank=effective_rank(out['z'].flatten(0, 1)[:4096]).item())
-        if self.cfg.w_inter and len(v['pairs12']):
-            n = self.inter(out, v)[1]
-            row |= {k: n[k].float().mean().item()/self.tokens for k in ('matched','anchors')}
-            if row['anchors'] < .02: self.tell(f'TACO: {row["anchors"]:.1%} of the tokens are anchors (effective rank {row["rank"]:.1f}): the features may have collapsed, and a collapsed inter term is 0, its lowest value. Lower the learning rate, or give reconstruction more weight')
-        return row
+
+# %% ../../nbs/44_tasks.taco.ipynb #0aa92360
+def _views(self, batch, gen):
+    c,x = self.cfg,batch['image']
+    if x.ndim != len(self.region)+2: raise UserError(f'images of shape {tuple(x.shape)} reached a {len(self.region)}-D task', f'(B, M, {", ".join(map(str, self.region))})', 'choose the preset of the other dimension')
+    both,body,real,who = two_sequences(batch, c, gen)
+    dev = x.device
+    target,real = torch.cat([both[:,:1], both[:,1:]]),torch.cat([real, real])                      # first volumes, then second
+    v = dict(target=target, seen=target, count=real, who=who.to(dev))
+    if c.mask_ratio:
+        m = block_mask(both[:,:1], c.block, c.mask_ratio, gen).to(both); m = torch.cat([m, m])     # the same holes: what is hidden in one must not be read from the other
+        v |= dict(seen=target*(1-m), count=real*m)
+    subjects = batch.get('subject') or batch['case']
+    for name in ('12','21'): v['pairs'+name] = draw_pairs(subjects, c.pairs, gen).to(dev)
+    if c.w_inter and not len(v['pairs12']): self.tell('TACO: a batch of one person, so the inter term is off; use a batch of at least 2')
+    if c.w_intra and not len(who): self.tell('TACO: a batch in which nobody has two sequences, so the intra term is off')
+    if not c.exhaustive:
+        v['ranks'] = draw_ranks(2*len(who), self.tokens, c.k, gen).to(dev)
+        v['slots'] = draw_slots(len(v['pairs12']) + len(v['pairs21']), self.tokens, c.k, gen).to(dev)
+    return v
+
+TACO.views = _views
+
+# %% ../../nbs/44_tasks.taco.ipynb #e712e030
+def _forward(self, v):
+    feats = self.encoder(v['seen'])
+    out = dict(pred=self.decoder(feats[-1]))
+    if self.cfg.w_intra or self.cfg.w_inter:
+        f = feats[self.cfg.level]
+        out['z'] = as_tokens(f if self.lateral is None else self.lateral(f), self.cfg.legacy_layout)   # (2N, T, C)
+        if self.lateral is not None: out['idle'] = idle_zero(self.lateral)                             # a batch of one person has no topology
+    return out
+
+def _losses(self, out, v):
+    c = self.cfg
+    terms = dict(rec=c.w_rec*masked_mse(out['pred'], v['target'], v['count']))
+    if 'idle' in out: terms['rec'] = terms['rec'] + out['idle']
+    if c.w_intra: terms['intra'] = c.w_intra*self.intra(out, v)
+    if c.w_inter: terms['inter'] = c.w_inter*self.inter(out, v)[0]
+    return terms
+
+def _intra(self, out, v):
+    "Both directions, mean over the people who have two sequences; §4.2."
+    c,who,(z1,z2) = self.cfg,v['who'],out['z'].chunk(2)
+    if not len(who): return out['z'].sum()*0
+    a,b = z1[who],z2[who]
+    each = intra_topology(torch.cat([a, b]), torch.cat([b, a]), c.k, c.margin_intra, v.get('ranks'), c.anchor, c.metric)
+    return each.view(2, -1).sum(0).mean()
+
+def _inter(self, out, v):
+    "First volumes towards second ones and back, each the mean over its pairs; §4.4. And the counts."
+    c,(z1,z2) = self.cfg,out['z'].chunk(2)
+    p,q = v['pairs12'],v['pairs21']
+    if not len(p): return out['z'].sum()*0, dict(matched=p.new_zeros(1), anchors=p.new_zeros(1))
+    each,n = inter_topology(torch.cat([z1[p[:,0]], z2[q[:,0]]]), torch.cat([z2[p[:,1]], z1[q[:,1]]]), c.k, c.margin_inter, v.get('slots'), near_out=c.near_out, cosine=c.cosine, ratio=c.ratio, plan=c.plan)
+    return each[:len(p)].mean() + each[len(p):].mean(), n
+
+TACO.forward,TACO.losses,TACO.intra,TACO.inter = _forward,_losses,_intra,_inter
+
+# %% ../../nbs/44_tasks.taco.ipynb #e7ce0cfe
+def _features(self, v): return self.encoder(v['seen'])[-1].flatten(2).transpose(1, 2)          # (2N, n, D)
+
+def _readout(self, batch, cls=True): return pooled(self.encoder, batch, 1, lambda x: zscore(x, (x != 0)*real_voxels(batch)))
+
+@torch.no_grad()
+def _health(self, out, v):
+    "What the losses cannot say: share of tokens with a partner, share of anchors, effective rank of the tokens. Half of all tokens match by chance."
+    if 'z' not in out: return {}
+    row = dict(rank=effective_rank(out['z'].flatten(0, 1)[:4096]).item())
+    if self.cfg.w_inter and len(v['pairs12']):
+        n = self.inter(out, v)[1]
+        row |= {k: n[k].float().mean().item()/self.tokens for k in ('matched','anchors')}
+        if row['anchors'] < .02: self.tell(f'TACO: {row["anchors"]:.1%} of the tokens are anchors (effective rank {row["rank"]:.1f}): the features may have collapsed, and a collapsed inter term is 0, its lowest value. Lower the learning rate, or give reconstruction more weight')
+    return row
+
+TACO.features,TACO.readout,TACO.health = _features,_readout,_health
 
 # %% ../../nbs/44_tasks.taco.ipynb #c1fef878
 @torch.no_grad()
