@@ -11,6 +11,7 @@ __all__ = ['OUTPUT', 'NORMS', 'STILL', 'moments', 'pooled', 'Sums', 'sites', 'la
 import hashlib
 import inspect
 import json
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -371,7 +372,7 @@ def record(task, loader, seed, rank, voxels, progress=None):
 def calibrate(
     task:nn.Module,     # trained; comes back as it was
     cases,              # the stage's images: `Cases`, an object with `loader(...)`, or an iterable of batches
-    batch:int|None=None,# cases in a batch; the inversion's: 64 in 2-D, 16 in 3-D
+    batch:int|None=None,# cases in a batch; the inversion's: 64 in 2-D, 16 in 3-D, half of the cases where there are fewer than two such
     seed:int=0,         # of masks and order
     limit:int|None=None,# at most about so many cases; None: all
     workers:int=0,      # loader processes
@@ -388,7 +389,7 @@ def calibrate(
     if sized:
         if not n: raise UserError('no case to record statistics of', 'at least one')
         region = getattr(cases, 'region', None) or getattr(task, 'region', ()) or (0,0)     # of the cases first: a task of several families has several
-        batch = min(batch or (64 if len(region) == 2 else 16), max(n//world, 1)); some = min(n, limit or n)
+        some = min(n, limit or n); batch = min(batch or min(64 if len(region) == 2 else 16, max(some//2, 1)), max(n//world, 1))
         steps = -(-some//batch) if isinstance(cases, Cases) and world == 1 else max(some//(batch*world), 1)
     voxels = _Voxels(max(2**22//max(steps or 64, 1)//world, 256))
     with lent(task): got = record(task, batches_of(cases, batch, steps, seed, rank, world, workers, limit), seed, rank, voxels, progress)
@@ -399,6 +400,7 @@ def calibrate(
     else: parts = {k: dict(mean=s.mean, var=s.var, batch_var=s.batch_var) for k,s in sums.items()}
     stats = Statistics({n: {k: t.float() for k,t in p.items()} for n,p in parts.items()}, {}, dict(mean=r.mean.float(), cov=cov.float()) if covariance else {})
     def avg(xs): a,k = total(torch.tensor([float(sum(xs)), len(xs)], dtype=torch.float64)).tolist(); return a/k
+    if next(iter(sums.values())).batches == 1: warnings.warn(f'statistics of one batch of {got["batch"]}: real images cost nothing by them, so an inversion is not told when it is as near as real images are. Give a batch of at most half the cases', stacklevel=2)
     norm = {k: avg([statistics_loss(b, stats.target(k)).item() for b in got['kept']]) for k in ('pooled', 'batch')}
     lo,hi = voxels.range(got['form'][0])
     form,sample = list(got['form']),torch.stack(got['sample'])
