@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['T', 'S', 'FAMILIES', 'SCORES', 'StageConfig', 'ScoreConfig', 'Common', 'ContinualConfig', 'SiteConfig',
            'train_defaults', 'common', 'word_in', 'plan_settings', 'find_prepared', 'StageData', 'region_of',
-           'family_cases', 'fresh_task', 'give_words', 'draw_pools', 'old_cases', 'mix_cases', 'new_steps',
+           'family_cases', 'partly', 'fresh_task', 'give_words', 'draw_pools', 'old_cases', 'mix_cases', 'new_steps',
            'stage_train', 'shared_settings', 'Scene', 'Team', 'in_order', 'readouts', 'make_buffer', 'finish_stage',
            'write_cost', 'whole_stage', 'do_stage', 'some', 'case_loss', 'refitter', 'segment_rows', 'score_stage',
            'evaluate_stage', 'joint_stage', 'check_plan', 'run', 'all_stages', 'replace_plan', 'write_result',
@@ -198,6 +198,11 @@ def family_cases(task, prepared, kind:str, rows, channels=None, rule:str='random
         return TextCases(prepared, rows)
     return Cases(prepared, rows, channels=channels or task.channels, region=region_of(task, kind), region_rule=rule)
 
+def partly(cases)->str:
+    "Is only a part of larger images read? In words; nothing where whole ones are."
+    region = getattr(cases, 'region', None); big = sum(any(a > b for a,b in zip(r['shape'][-len(region):], region)) for r in cases.rows) if region else 0
+    return f'; {big} are larger than {" x ".join(map(str, region))}, and a random part of each is read at a time' if big else ''
+
 # %% ../nbs/71_continual.ipynb #48721077
 def fresh_task(cfg:Common, stage:int, rows=None, channels=None):
     "The task with its first weights: a function of settings, seed and stage."
@@ -383,7 +388,7 @@ def do_stage(cfg:Common, stage:StageConfig, before:Packet|None, run, to, planned
     drawn = Path(run)/'drawn'
     if before: team.lead(lambda: draw_pools(before, drawn))
     data = StageData(stage); scene = Scene(cfg, data, before, planned, team.world, drawn)
-    c = scene.cost(); team.say(f'stage {scene.index+1}, {data.name}: {len(scene.new)} {data.kind} cases, {c["new_steps"]} steps on them' + (f', {c["old_steps"]} on old ones' if c['old_steps'] else '') + f'; {cfg.strategy}, {cfg.method}')
+    c = scene.cost(); team.say(f'stage {scene.index+1}, {data.name}: {len(scene.new)} {data.kind} cases{partly(scene.new)}, {c["new_steps"]} steps on them' + (f', {c["old_steps"]} on old ones' if c['old_steps'] else '') + f'; {cfg.strategy}, {cfg.method}')
     rows = train(scene.task, scene.mix, scene.train, run, method=scene.task.method, card=scene.card(), resume=cfg.resume, config=scene.config(), extra=lambda step, t: dict(old=int(t.is_old)))
     whole_stage(rows, scene.total, data.name)
     if team.world > 1: scene = Scene(cfg, data, before, planned, team.world, drawn) if team.rank == 0 else None     # the trained one is wrapped, and may be divided
@@ -502,7 +507,7 @@ def joint_stage(cfg:ContinualConfig, datas:list, team:Team)->Packet:
     total = sum(new_steps(cfg, d.stage, len(d.train), t.batch*t.accum*team.world) for d in datas)
     for d in datas: give_words(task, d)
     strategy.begin(task, 0, total, {}, {n: [] for n in sources}, t.seed); whole = ContinualTask(task, strategy); train_cfg = stage_train(cfg, total)
-    team.say(f'joint: {sum(len(c) for c in sources.values())} cases of {len(sources)} stages, {total} steps')
+    team.say(f'joint: {sum(len(c) for c in sources.values())} cases of {len(sources)} stages, {total} steps{"".join(partly(c) for c in sources.values())}')
     rows = train(whole, JointCases(sources, strategy.cfg.draw), train_cfg, run, method=whole.method, card=dict(preset=cfg.preset, strategy='joint', stages=list(sources)), resume=cfg.resume, config=dict(**settings, data=[d.facts() for d in datas], world=team.world))
     whole_stage(rows, total, 'joint')
     def end():
