@@ -108,7 +108,7 @@ def show_claims(rows):  # `Figure`
         if c.margin: ax.fill_betweenx([i-.4, i+.4], -min(c.margin/h, 8), min(c.margin/h, 8), color='C0', alpha=.15, lw=0)
         ax.errorbar([x], [i], xerr=None if exact else [[1.], [1.]], marker='o', ms=4, color=colour, capsize=2)
     ax.axvline(0, color='k', lw=.8); ax.set_xlim(-8, 8); ax.set_ylim(len(rows)-.5, -.5)
-    ax.set_yticks(range(len(rows)), [f'{c.id} ({c.data.split(",")[0].split(":")[0]})' for c in rows], fontsize=7); ax.tick_params(axis='x', labelsize=7)
+    ax.set_yticks(range(len(rows)), [f'{c.id} ({c.data.split(",")[0]})' for c in rows], fontsize=7); ax.tick_params(axis='x', labelsize=7)
     ax.set_xlabel('against the claim   ·   half-widths of the interval   ·   for the claim', fontsize=8); ax.spines[['top','right']].set_visible(False)
     return fig
 
