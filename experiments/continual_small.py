@@ -22,6 +22,7 @@ import torch
 from medssl_nb.continual import ContinualConfig, ScoreConfig, StageConfig, common, run
 from medssl_nb.core import read_json, read_jsonl, write_json
 from medssl_nb.eval.forgetting import measures_md, summarise_runs
+from medssl_nb.eval.metrics import mean_interval
 from medssl_nb.invert import InvertConfig
 from medssl_nb.plot.continual import show_curves, show_strategies
 from medssl_nb.plot.volume import png
@@ -48,6 +49,25 @@ def plan(data, out, arm, seed, steps=450, batch=64, lam=1e-2, cases=400, device=
     return ContinualConfig(**{**base, "steps": steps, "warmup": 50 / 450, "stages": stages, "out": Path(out) / f"{arm}_s{seed}", "score": score})
 
 
+def rises(rows, score="own"):
+    "Markdown: how much the loss on each stage rose from the end of that stage to the end of all, by arm; mean over seeds with its interval."
+    held, last, names = {}, max(r["after"] for r in rows), {r["stage"]: r.get("name") or str(r["stage"]) for r in rows}
+    for r in rows:
+        if r["score"] == score:
+            held.setdefault((r["strategy"], r["seed"], r["stage"], r["after"]), []).append(r["value"])
+    mean = {k: sum(v) / len(v) for k, v in held.items()}
+    old = [s for s in sorted(names) if s < last]
+    text = [f"| arm | {' | '.join(names[s] for s in old)} |", "|---|" + "---|" * len(old)]
+    for arm in dict.fromkeys(r["strategy"] for r in rows):
+        cells = []
+        for s in old:
+            v = [mean[arm, seed, s, last] - mean[arm, seed, s, s] for seed in sorted({r["seed"] for r in rows}) if (arm, seed, s, s) in mean and (arm, seed, s, last) in mean]
+            i = mean_interval(v) if v else None
+            cells.append("" if i is None else f"{i['mean']:+.3f}" + ("" if i["low"] is None else f" [{i['low']:+.3f}, {i['high']:+.3f}]"))
+        text.append(f"| {arm} | {' | '.join(cells)} |")
+    return text
+
+
 def report(out, name, what, results=Path(__file__).parent.parent / "results"):
     "NAME.{json,md} and two figures: every arm and seed that is finished."
     rows, costs = [], {}
@@ -62,6 +82,8 @@ def report(out, name, what, results=Path(__file__).parent.parent / "results"):
     names = {r["stage"]: r.get("name") or str(r["stage"]) for r in rows}
     note = Path(__file__).parent / f"{name}_verdict.md"  # written by a person who read the tables
     text = [note.read_text() if note.exists() else f"# {what}\n", f"![forgetting and learning]({name}.png)", "", f"![curves]({name}_curves.png)", ""]
+    for score, how in (("own", "through the decoder of its time"), ("refit", "through a decoder that was refitted")):
+        text += [f"## Rise of the loss of each stage, {how}", "", *rises(rows, score), ""]
     for score in dict.fromkeys(r["score"] for r in found["table"]):
         text += [f"## {score}", "", measures_md(found, score), ""]
     text += ["## What is kept for later stages", "", "| arm | bytes in the last packet beside weights and decoders | patients' data |", "|---|---:|---|"]
