@@ -159,7 +159,7 @@ def build(results=RESULTS):
         *continual(results, "continual_small", "patterns: three stages of 32 x 32 pixels"),
         *continual(results, "continual_synthetic", "generated: reports, X-rays, CT, MRI, tiles"),
         *continual(results, "continual_real", "real: reports, X-rays, CT, MRI, tiles"),
-        *pools(results, "invcoss_pools", "75 images of 32 x 32"), *pools(results, "invcoss_real", "real, 48 images"), *memory(results),
+        *pools(results, "invcoss_pools", "75 images of 32 x 32"), *pools(results, "invcoss_real", "real, 16 images"), *memory(results),
     ]
     return sorted(rows, key=lambda c: ("pcrlv2", "brainmvp", "taco", "medcoss", "invcoss").index(c.method))
 
