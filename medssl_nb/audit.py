@@ -451,11 +451,11 @@ class Bench:
 
 def near_checks(s:dict, ref:dict, bench:Bench)->list:
     "Rows of nearness, for each view."
-    out,site = [],bench.site
+    out,site,ncc = [],bench.site,lambda n: float(1 - n['d_tr'].min()**2/2)       # the largest correlation with a training volume
     for v in bench.views:
         a,b = nearness(s[f'near {v.name}'], site),nearness(ref[f'near {v.name}'], site); q = share_closer(a, site); m = len(a['gap'])
         out.append(dict(check='share closer to train', space=v.name, **q))
-        t = below(a['d_tr'], b['d_tr']); out.append(dict(check='nearer to a training patient than patients are', space=v.name, value=t['share'], expected=t['expected'], p=max(t['p'], q['p'])))
+        t = below(a['d_tr'], b['d_tr']); out.append(dict(check='nearer to a training patient than patients are', space=v.name, value=t['share'], expected=t['expected'], p=max(t['p'], q['p']), **(dict(highest=ncc(a), of_patients=ncc(b)) if v.name == 'voxels' else {})))
         g = below(a['gap'], b['gap']); low = a['gap'] < g['threshold']; k,p = permuted(a['who'][low], site)
         out.append(dict(check='one training patient far nearer than anybody else', space=v.name, value=k/m, expected=int((low & ~site.member[a['who']]).sum())/m, p=max(p, g['p'])))
         far = named(a, b['gap'], site)       # in feature spaces a far neighbour may be an accident: there chance is asked, too

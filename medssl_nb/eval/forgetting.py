@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MEASURES', 'LOWER', 'RIDGES', 'split_matrix', 'stage_forgetting', 'forgetting', 'backward_transfer',
            'forward_transfer', 'average_curve', 'average', 'learning', 'intransigence', 'retention', 'measures',
-           'is_lower', 'check_rows', 'pick', 'score_matrix', 'alone_scores', 'bootstrap_measures', 'summarise_runs',
-           'measures_md', 'stability_gap', 'ridge_fit', 'r_squared', 'ridge_probe', 'knn_accuracy', 'pretext_scores',
-           'linear_cka']
+           'is_lower', 'check_rows', 'pick', 'score_matrix', 'alone_scores', 'bootstrap_measures', 'gain_needed',
+           'summarise_runs', 'measures_md', 'stability_gap', 'ridge_fit', 'r_squared', 'ridge_probe', 'knn_accuracy',
+           'pretext_scores', 'linear_cka']
 
 # %% ../../nbs/62_eval.forgetting.ipynb #7cda5b8c
 import math
@@ -205,6 +205,11 @@ def bootstrap_measures(
     return out
 
 # %% ../../nbs/62_eval.forgetting.ipynb #234f7a3c
+def gain_needed(Rs:list, lower:bool=False):
+    "For `retention` of every seed: infinite for a stage whose mean gain is not above its standard error over seeds, else 0; None for a single seed."
+    G = np.stack([np.diagonal(R) - first for first,R in (split_matrix(R, lower) for R in Rs)])
+    return np.where(G.mean(0) > G.std(0, ddof=1)/math.sqrt(len(G)), 0., np.inf) if len(G) > 1 else None
+
 def summarise_runs(
     rows:list,          # of all strategies, seeds, scores
     level:float=.95,
@@ -214,10 +219,11 @@ def summarise_runs(
     check_rows(rows); table,curves,notes = [],[],[]
     for st,sc in dict.fromkeys((r['strategy'], r['score']) for r in rows if not r.get('alone') and 'step' not in r):
         mine = [r for r in rows if r['strategy'] == st and r['score'] == sc]; lower = is_lower(rows, sc)
-        T = max(max(r['stage'], r['after']) for r in pick(mine)); Rs,per = {},{}
-        for s in sorted({r['seed'] for r in pick(mine)}):
-            Rs[s] = score_matrix(pick(mine, seed=s), T); alone = alone_scores([r for r in rows if r['score'] == sc and r['seed'] == s], T)
-            per[s] = measures(Rs[s], None if np.isnan(alone).any() else alone, lower)
+        T = max(max(r['stage'], r['after']) for r in pick(mine)); per = {}
+        Rs = {s: score_matrix(pick(mine, seed=s), T) for s in sorted({r['seed'] for r in pick(mine)})}; se = gain_needed(list(Rs.values()), lower)
+        for s,R in Rs.items():
+            alone = alone_scores([r for r in rows if r['score'] == sc and r['seed'] == s], T)
+            per[s] = measures(R, None if np.isnan(alone).any() else alone, lower, se)
             notes += [f'{st}, {sc}: {n}' for n in per[s]['notes']]
         crossed = bootstrap_measures(pick(mine), lower, draws, level) if draws and all('subject' in r for r in pick(mine)) else {}
         for m in MEASURES:
