@@ -101,6 +101,7 @@ def test_the_encoder_goes_on_with_its_templates(whole):
     from medssl_nb.tasks.base import check_task
     from medssl_nb.tasks.brainmvp import load_templates
     from medssl_nb.tasks.missing import MissingConfig, SegmentMissing, in_order, predict_missing
+    from medssl_nb.tasks.supervised import evaluating
     from medssl_nb.train.checkpoint import load_encoder, load_into
 
     enc, card = load_encoder(whole["out"])
@@ -108,6 +109,8 @@ def test_the_encoder_goes_on_with_its_templates(whole):
     new = build_encoder({**enc.spec(), "in_channels": 2})
     report = load_into(new, enc.state_dict(), "divide")
     x = torch.rand(1, 1, 16, 16, 16, generator=generator(0))
+    with torch.no_grad(), evaluating(whole["task"]):  # property 32: the file holds the network that was trained, running averages included
+        assert all(torch.equal(a, b) for a, b in zip(enc.eval()(x), whole["task"].encoder(x)))
     with torch.no_grad():  # property 32: one image, twice, divided by two, is the image
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(enc.eval()(x), new.eval()(x.expand(-1, 2, -1, -1, -1)))) and report.share == 1
     t = in_order(*load_templates(whole["out"] / "templates"), ("t2", "flair"))
