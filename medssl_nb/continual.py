@@ -33,11 +33,10 @@ from .data.text import train_tokenizer
 from .eval.forgetting import knn_accuracy, linear_cka, measures_md, pretext_scores, ridge_probe, summarise_runs
 from .packet import Packet, hand_over, provenance, write_packet
 from .invert import render_pool
-from .pretrain import fingerprint, normalisation
+from .pretrain import fingerprint, input_of, normalisation
 from .strategies import ContinualTask, load_strategy, strategy_config
 from .tasks.base import belongs, reads, to_device
 from .tasks.registry import METHODS, load_task, task_config
-from .tasks.supervised import card_norm
 from .train.checkpoint import atomic_dir, load_checkpoint, read_tensors, tidy
 from .train.trainer import Stopped, Stopper, TrainConfig, check_config, differing, make_fabric, peak_rate, train
 
@@ -284,7 +283,7 @@ class Scene:
     def card(self)->dict:
         facts = self.data.facts(); inner = self.task.task
         return dict(data={k: facts[k] for k in ('cases', 'subjects', 'channels', 'data')}, preset=self.cfg.preset, strategy=self.cfg.strategy, stages=[*(s['name'] for s in self.before.stages), facts['name']] if self.before else [facts['name']],
-            input=card_norm(vars(inner.cfg)), normalisation=normalisation(self.data.prepared, self.data.train) if self.data.kind != 'text' else None, channels_seen=facts['channels'], left_out=list(self.data.stage.leave_out))
+            input=input_of(inner), normalisation=normalisation(self.data.prepared, self.data.train) if self.data.kind != 'text' else None, channels_seen=facts['channels'], left_out=list(self.data.stage.leave_out))
     def cost(self)->dict:
         "What the strategy takes on top of sequential training."
         old = self.total - self.steps
@@ -507,8 +506,9 @@ def joint_stage(cfg:ContinualConfig, datas:list, team:Team)->Packet:
     total = sum(new_steps(cfg, d.stage, len(d.train), t.batch*t.accum*team.world) for d in datas)
     for d in datas: give_words(task, d)
     strategy.begin(task, 0, total, {}, {n: [] for n in sources}, t.seed); whole = ContinualTask(task, strategy); train_cfg = stage_train(cfg, total)
+    card = dict(preset=cfg.preset, strategy='joint', stages=list(sources), input=input_of(task))
     team.say(f'joint: {sum(len(c) for c in sources.values())} cases of {len(sources)} stages, {total} steps{"".join(partly(c) for c in sources.values())}')
-    rows = train(whole, JointCases(sources, strategy.cfg.draw), train_cfg, run, method=whole.method, card=dict(preset=cfg.preset, strategy='joint', stages=list(sources)), resume=cfg.resume, config=dict(**settings, data=[d.facts() for d in datas], world=team.world))
+    rows = train(whole, JointCases(sources, strategy.cfg.draw), train_cfg, run, method=whole.method, card=card, resume=cfg.resume, config=dict(**settings, data=[d.facts() for d in datas], world=team.world))
     whole_stage(rows, total, 'joint')
     def end():
         strategy2 = load_strategy('joint', cfg.settings); task2 = fresh_task(cfg, 0, [r for d in datas for r in d.train], None); strategy2.begin(task2, 0, total, {}, {n: [] for n in sources}, t.seed)
@@ -516,7 +516,7 @@ def joint_stage(cfg:ContinualConfig, datas:list, team:Team)->Packet:
         with atomic_dir(to) as tmp:                                           # one packet; each stage with the decoder that serves it
             before = None
             for i,d in enumerate(datas):
-                with strategy2.own(task, d.name): write_packet(tmp/f'{i}', task, {**d.facts(), 'cost': dict(new_steps=total, old_steps=0, extra_passes=strategy2.cost(total, 0), lr=peak_rate(train_cfg, team.world))}, settings, before)
+                with strategy2.own(task, d.name): write_packet(tmp/f'{i}', task, {**d.facts(), 'cost': dict(new_steps=total, old_steps=0, extra_passes=strategy2.cost(total, 0), lr=peak_rate(train_cfg, team.world))}, settings, before, card=card)
                 before = Packet(tmp/f'{i}')
             last = tmp/f'{len(datas)-1}'
             for f in sorted(last.iterdir()): os.rename(f, tmp/f.name)

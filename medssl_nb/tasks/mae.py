@@ -127,8 +127,8 @@ class MAE(Task):
     def losses(self, out, v): return dict(masked=masked_mse(out['pred'], v['target'], v['count']))
     def features(self, v): return self.look(v)[-1].flatten(2).transpose(1, 2)
     def readout(self, batch, cls=True):
-        norm = (lambda x: zscore(x, real_voxels(batch))) if self.cfg.normalise == 'zscore' else lambda x: x
-        return pooled(self.encoder, batch, self.cfg.in_channels, norm, self.cfg.copies)
+        real = real_voxels(batch)                                    # padding is 0 for the encoder, as in training
+        return pooled(self.encoder, batch, self.cfg.in_channels, lambda x: (zscore(x, real) if self.cfg.normalise == 'zscore' else x)*real, self.cfg.copies)
     def stage_parts(self):
         shared,own = super().stage_parts()
         return shared + ('token',)*('token' in own), tuple(n for n in own if n != 'token')   # the learnt value is part of what the encoder sees
