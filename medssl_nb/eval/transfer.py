@@ -56,7 +56,7 @@ class CompareConfig:
     split_seed:int=0                        # of the deal; the same test patients for every seed of training
     own_split:bool|None=None                # use the `split` of the cases; None: if every case has one
     region:tuple[int,...]=()                # what the network sees at once; empty: the whole volume where it fits
-    normalise:str='auto'                    # input; auto: as the encoder was trained; or zscore, none, imagenet, fixed:MEAN:STD
+    normalise:str='auto'                    # input; auto: as the encoder was trained; or zscore, none, imagenet, foreground, fixed:MEAN:STD
     inflate:Literal['divide','repeat']='divide'  # one-channel encoders on several channels
     allow:tuple[str,...]=()                 # encoder tensors that may stay new or unused: consent to a partial load
     predictions:int=4                       # test cases a cell whose prediction is kept as NIfTI; -1 all

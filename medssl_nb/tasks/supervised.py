@@ -35,12 +35,12 @@ class AugmentConfig:
     shift:float=.1                     # brightness, up to this much, in units of the normalised input
     noise:float=.05                    # Gaussian noise, standard deviation up to this
 
-NORMS = ('zscore', 'none', 'imagenet')
+NORMS = ('zscore', 'none', 'imagenet', 'foreground')
 IMAGENET = (.485,.456,.406),(.229,.224,.225)   # mean and deviation of its colours, as in pcrlv2.md, section 2.1
 
 def input_norm(
     x,             # `(B, M, *S)`
-    kind:str,      # 'zscore' (each crop and channel), 'none', 'imagenet' (its grey mean and deviation), 'fixed:MEAN:STD' (one number, or one a channel with commas)
+    kind:str,      # 'zscore' (each crop and channel), 'none', 'imagenet' (its grey mean and deviation), 'foreground' (z-score over what is not exactly 0, which stays 0), 'fixed:MEAN:STD' (one number, or one a channel with commas)
     present=None,  # `(B, M)` bool
     channels=None, # what the encoder takes; one image for an encoder of three is given three times, as in pre-training
 ):                 # `(B, M or channels, *S)`; absent channels are 0
@@ -49,6 +49,7 @@ def input_norm(
         if x.shape[1] != 1: raise UserError(f'{x.shape[1]} channels for an encoder of {channels}', 'equal numbers, or a single channel that is repeated', 'choose channels, or inflate the encoder')
         x = x.expand(-1, channels, *x.shape[2:])
     if kind == 'zscore': x = zscore(x)
+    elif kind == 'foreground': x = zscore(x, x != 0)*(x != 0)
     elif kind == 'imagenet': x = normalise(x, *IMAGENET) if x.shape[1] == 3 else normalise(x, .449, .226)   # grey: the means of the three
     elif kind != 'none': x = normalise(x, *fixed_norm(kind))
     return x if present is None else keep_absent(x, present)
@@ -139,7 +140,7 @@ class SegmentConfig:
     channels:tuple[str,...]|None=None       # None: all the data has
     values:tuple[int,...]=(1,)              # label values to learn; 0 is background
     regions:tuple[tuple[int,...],...]=()    # e.g. ((1,2,4), (1,4), (4,)): overlapping regions instead of classes
-    normalise:str='zscore'                  # or none, imagenet, fixed:MEAN:STD  # as in pre-training
+    normalise:str='zscore'                  # or none, imagenet, foreground, fixed:MEAN:STD  # as in pre-training
     decoder:Literal['skip','linear']='skip' # with skips; or linear, to probe a frozen encoder
     norm:str='instance'                     # of the decoder with skips
     freeze:float=0.                         # share of training in which the encoder rests; 1 freezes it
@@ -265,7 +266,7 @@ class ClassifyConfig:
     classes:int=2                       # how many
     multi:bool=False                    # several may be true at once
     weight:tuple[float,...]=()          # per class, e.g. from `class_weights`; empty: all alike
-    normalise:str='zscore'                  # or none, imagenet, fixed:MEAN:STD
+    normalise:str='zscore'                  # or none, imagenet, foreground, fixed:MEAN:STD
     dropout:float=.2                    # before the last layer (pcrlv2.md, section 6)
     head:Literal['linear','mlp']='linear'  # mlp: one hidden layer (brainmvp.md, section 3.7)
     freeze:float=0.                     # share of training in which the encoder rests; 1 freezes it

@@ -146,7 +146,7 @@ class TACO(Task):
     def __init__(self, cfg:TACOConfig=TACOConfig()):
         super().__init__()
         c = self.cfg = cfg
-        self.region,self.channels,self.input = tuple(c.region),c.channels,'zscore'
+        self.region,self.channels,self.input = tuple(c.region),c.channels,'foreground'
         dims = len(self.region)
         if dims not in (2,3): raise UserError(f'region {self.region}', '(d, h, w), or (h, w)')
         if len(c.flip) != dims: raise UserError(f'flip is {c.flip}', f'{dims} chances, one for each axis')
