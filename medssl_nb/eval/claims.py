@@ -88,7 +88,7 @@ def read_claims(path)->list:
 def said(c:Claim)->str:
     "The two sides of a claim as one line."
     num = lambda v: f'{v:+.3g}'
-    here = c.why if c.ours is None else f'here {num(c.ours)}' + ('' if c.low is None else f' [{num(c.low)}, {num(c.high)}]') + (f', the same to within {c.margin:g}' if c.margin else '') + f': {c.what}; {c.data}' + (f', {c.seeds} seeds' if c.seeds > 1 else ', one seed' if c.seeds else '')
+    here = c.why if c.ours is None else f'here {num(c.ours)}' + ('' if c.low is None else f' [{num(c.low)}, {num(c.high)}]') + (f', the same to within {c.margin:g}' if c.margin else '') + f': {c.what}; {c.data}' + (f', {c.seeds} seeds' if c.seeds > 1 else ', one seed' if c.seeds else '') + (f'. {c.why}' if c.why else '')
     return (f'paper {c.paper}; ' if c.paper else '') + here
 
 def claims_text(rows)->str:
