@@ -92,8 +92,9 @@ def report(out, name, what, results=Path(__file__).parent.parent / "results"):
     write_json(results / f"{name}.json", json.loads(json.dumps(dict(what=what, seeds=sorted({r["seed"] for r in rows}), **found))))
     order = [a for a in ARMS if any(r["strategy"] == a for r in rows)]
     (results / f"{name}.png").write_bytes(png(show_strategies(found["table"], "refit", order=order), dpi=80))
+    text_among = "report" in names.values()  # a cross-entropy beside squared errors
     key = [a for a in ("sequential", "medcoss", "invcoss", "lwf", "er") if a in order]
-    (results / f"{name}_curves.png").write_bytes(png(show_curves([c for a in key for c in found["curves"] if c["strategy"] == a], "own", names=list(names.values()), ylabel="own loss"), dpi=80))
+    (results / f"{name}_curves.png").write_bytes(png(show_curves([c for a in key for c in found["curves"] if c["strategy"] == a], "own", names=list(names.values()), ylabel="own loss", sharey=not text_among), dpi=80))
     print(results / f"{name}.md")
 
 

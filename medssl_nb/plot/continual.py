@@ -50,6 +50,7 @@ def show_curves(
     names=None,         # of the stages
     ylabel:str='',
     size=(2.,1.9),      # inches of a panel
+    sharey:bool=True,   # one scale for all; False where the losses of stages have nothing in common, as of reports and images
 ):                      # `Figure`
     "Each stage's score over the stages that followed."
     from matplotlib.figure import Figure
@@ -57,7 +58,7 @@ def show_curves(
     if not rows: raise UserError(f'no curve of score {score!r}', 'one of ' + ', '.join(sorted({r['score'] for r in curves})))
     T = max(r['stage'] for r in rows); arms = list(dict.fromkeys(r['strategy'] for r in rows)); last = max(r['after'] for r in rows)
     fig = Figure(figsize=(size[0]*T+.6, size[1]), layout='constrained')
-    axs = fig.subplots(1, T, sharey=True, squeeze=False)[0]
+    axs = fig.subplots(1, T, sharey=sharey, squeeze=False)[0]
     for j,ax in enumerate(axs, 1):
         ax.axvspan(-.3, j-.5, color='.93', lw=0)
         for k,a in enumerate(arms):
