@@ -96,7 +96,7 @@ def main(
         base,words = getattr(mod, settings)(words) if settings else (getattr(mod, config), words)
         made = getattr(mod, function)(cli(base, words, prog=f'medssl {said}'))
         out = made.get('out') if isinstance(made, dict) else made
-        if out is not None: print(out)
+        if out is not None: print(f'{out}\n', end='')   # in one piece: several processes may say it at once
         return int(made.get('exit', 0)) if isinstance(made, dict) else 0
     except UserError as e:
         print(f'medssl {args[0]}: {e}', file=sys.stderr); return 2
