@@ -65,7 +65,7 @@ class Run:
                 self.skipped[i] = why
                 c.source = ""
         os.environ["IN_TEST"] = "1"
-        client = NotebookClient(nb, timeout=1800, kernel_name="python3", allow_errors=False, resources={"metadata": {"path": str(Path(path).parent)}})
+        client = NotebookClient(nb, timeout=1800 if os.environ.get("MEDSSL_SLOW") else 900, kernel_name="python3", allow_errors=False, resources={"metadata": {"path": str(Path(path).parent)}})
         self.error, self.failed = None, None
         try:
             client.execute()

@@ -495,7 +495,7 @@ class Kept:
     def put(self, path:str, mark:tuple, x:np.ndarray)->np.ndarray:
         x.flags.writeable = False
         with self.lock:
-            for old in [self.held.pop(path, None)]: self.bytes -= old[1].nbytes if old else 0
+            if old := self.held.pop(path, None): self.bytes -= old[1].nbytes
             self.held[path] = mark,x; self.bytes += x.nbytes
             while self.bytes > self.total: self.bytes -= self.held.popitem(last=False)[1][1].nbytes
         return x
