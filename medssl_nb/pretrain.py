@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['T', 'PretrainConfig', 'mim_defaults', 'train_defaults', 'fit_warmup', 'settings', 'fingerprint', 'choose_cases',
-           'pretrain', 'leave_statistics', 'input_of', 'normalisation']
+           'begin', 'pretrain', 'leave_statistics', 'input_of', 'normalisation']
 
 # %% ../nbs/59_pretrain.ipynb #50d84343
 import hashlib
@@ -125,12 +125,10 @@ def choose_cases(
     return rows
 
 # %% ../nbs/59_pretrain.ipynb #b4fb9edc
-def pretrain(
-    cfg:PretrainConfig,
-)->dict:            # `out`: the run folder; `history`: rows
-    "Prepared volumes -> a run with checkpoints and an encoder."
-    if cfg.data is None: raise UserError('no data', 'a prepared folder', 'medssl pretrain PREPARED -o runs/NAME')
-    if cfg.out is None: raise UserError('no place to write', '--out runs/NAME')
+def begin(
+    cfg,       # `PretrainConfig`, or anything with its fields
+)->tuple:      # the prepared set, its chosen rows, `cfg` as the data make it, the task with its first weights, the cases
+    "What there is before the first step."
     prepared = Prepared(cfg.data)
     dims = len(cfg.task.region)
     if not dims: raise UserError('this task reads reports alone', 'images or volumes', 'reports are a stage of medssl continual')
@@ -141,7 +139,15 @@ def pretrain(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(cfg.train.seed, 0, 0, 'weights'))      # the first weights follow from the seed, whatever was drawn before
         task = load_task(cfg.method, cfg.task)
-    cases = Cases(prepared, rows, channels=cfg.channels or task.channels, region=task.region)
+    return prepared,rows,cfg,task,Cases(prepared, rows, channels=cfg.channels or task.channels, region=task.region)
+
+def pretrain(
+    cfg:PretrainConfig,
+)->dict:            # `out`: the run folder; `history`: rows
+    "Prepared volumes -> a run with checkpoints and an encoder."
+    if cfg.data is None: raise UserError('no data', 'a prepared folder', 'medssl pretrain PREPARED -o runs/NAME')
+    if cfg.out is None: raise UserError('no place to write', '--out runs/NAME')
+    prepared,rows,cfg,task,cases = begin(cfg)
     facts = fingerprint(rows)
     print(f'{cfg.method} ({cfg.preset}) on {facts["cases"]} cases of {facts["subjects"]} subjects, channels {", ".join(cases.channels)}; '
           f'{sum(p.numel() for p in task.encoder.parameters()):,} encoder parameters, {cfg.train.steps} steps of {cfg.train.batch*cfg.train.accum} cases'
