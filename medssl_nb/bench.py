@@ -52,13 +52,14 @@ def settings(
 def ways(
     train:TrainConfig,
     compile:bool=False,  # also compiled
+    again:bool=False,    # also with widened maps made again, for networks that can
 )->dict:                 # name -> fields of `TrainConfig` that differ
     "What to try, the reference left out."
     kind = device_of(replace(train, precision='32-true'))
     half = 'bf16-mixed' if kind != 'cuda' or torch.cuda.is_bf16_supported(including_emulation=False) else '16-mixed'
     as_set = (train.precision, bool(train.channels_last if train.channels_last is not None else kind == 'cpu' and train.precision != '32-true'))
     grid = {f'{p}, channels_last' if c else p: dict(precision=p, channels_last=c) for p in ('32-true', half) for c in (False, True) if (p, c) != as_set}
-    return grid | (dict(compiled=dict(compile=True)) if compile and not train.compile else {})
+    return grid | (dict(recompute=dict(recompute=True)) if again and not train.recompute else {}) | (dict(compiled=dict(compile=True)) if compile and not train.compile else {})
 
 # %% ../nbs/93_bench.ipynb #d65f950c
 def kept_bytes(
@@ -161,7 +162,7 @@ def bench(
     wait = max(0., read-whole)/max(read, whole)
     del ref
     rows = []
-    for name,other in ways(how, cfg.compile).items():
+    for name,other in ways(how, cfg.compile, any(hasattr(m, 'recompute') for m in task.modules())).items():
         r = compare(Looked(task, how), Looked(task, how, **other), micros, cfg.rounds); rows.append(dict(way=name, **r, flags=flags_of(other))); print(f'  {name}: {r["ratio"]:.2f} of the time', flush=True)
     best = advise(rows); total = max(whole, read)*how.steps
     facts = dict(step=dict(seconds=whole, views=views, forward_backward=whole-views-update, update=update), reading=dict(seconds=read, workers=how.workers, wait=wait), steps=how.steps, total_seconds=total, rows=rows, advice=best and best['flags'],

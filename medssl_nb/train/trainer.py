@@ -70,6 +70,7 @@ class TrainConfig:
     bar:bool=True              # show progress
     compile:bool=False         # torch.compile: the first step takes a minute
     channels_last:bool|None=None  # memory layout; None: where it was measured to help, in 16 bits on a CPU
+    recompute:bool=False       # UniFormer and ViT: the widened maps of a block are made again in the backward pass; less memory, more time, the same numbers
     fused:bool=True            # optimiser in one kernel, a third of the time; not with 16-mixed or fsdp
     health_every:int=0         # steps between calls of the task's own `health(out, views)`; 0 never
     max_minutes:float|None=None  # stop in good order after this long
@@ -240,6 +241,9 @@ class Trainer:
         self.task,self.cfg,self.fabric,self.out,self.method,self.step = task,cfg,fabric,out,method_of(task, method),0
         if cfg.health_every and not hasattr(task, 'health'): raise UserError(f'health_every is {cfg.health_every}, but {type(task).__name__} has no health(out, views)', '0')
         if cfg.sync_batchnorm and fabric.world_size > 1: (nn.SyncBatchNorm.convert_sync_batchnorm if fabric.device.type == 'cuda' else share_batchnorm)(task)
+        wide = [m for m in task.modules() if hasattr(m, 'recompute')]
+        if cfg.recompute and not wide: raise UserError(f'recompute, and {type(task).__name__} has no block that can', 'a network of UniFormer or ViT blocks', 'a smaller batch with --train.accum needs less memory, too')
+        for m in wide: m.recompute = cfg.recompute
         if cfg.channels_last:
             for p in task.parameters(): p.data = self.layout(p.data)
         if fabric.device.type == 'cpu' and cfg.precision == 'bf16-mixed': exact_kernels(task)
@@ -509,7 +513,7 @@ def trouble(
             'Other workers change no result and simply continue; with the others choose a new --out, or --resume force to go on from the checkpoint') from e
 
 # %% ../../nbs/52_train.trainer.ipynb #4026ccbf
-FREE = ('workers', 'save_every', 'keep', 'log_every', 'tensorboard', 'bar', 'health_every', 'max_minutes', 'out', 'name', 'resume', 'data', 'statistics')  # change no result (what the data is, its fingerprint says)
+FREE = ('workers', 'save_every', 'keep', 'log_every', 'tensorboard', 'bar', 'health_every', 'max_minutes', 'recompute', 'out', 'name', 'resume', 'data', 'statistics')  # change no result (what the data is, its fingerprint says)
 
 def differing(
     old:dict,   # settings, nested
