@@ -81,6 +81,7 @@ def main(
 )->int:                   # exit code: 0 done, 1 a check said no, 2 bad input, 130 interrupted
     "Run a command; mistakes of the user are one sentence on standard error."
     args = list(sys.argv[1:] if args is None else args)
+    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='surrogateescape')   # a path that is not UTF-8 leaves as it came
     if not args or args[0] in ('-h', '--help', 'help'):
         print(usage()); return 0
     if args[0] in ('-V', '--version'):

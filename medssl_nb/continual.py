@@ -8,8 +8,8 @@ __all__ = ['T', 'S', 'FAMILIES', 'SCORES', 'StageConfig', 'ScoreConfig', 'Common
            'family_cases', 'partly', 'fresh_task', 'give_words', 'draw_pools', 'old_cases', 'mix_cases', 'new_steps',
            'stage_train', 'shared_settings', 'Scene', 'Team', 'in_order', 'readouts', 'make_buffer', 'finish_stage',
            'write_cost', 'whole_stage', 'do_stage', 'some', 'case_loss', 'refitter', 'segment_rows', 'score_stage',
-           'evaluate_stage', 'joint_stage', 'check_plan', 'run', 'all_stages', 'replace_plan', 'write_result',
-           'site_settings', 'stage', 'VerifyConfig', 'verify']
+           'evaluate_stage', 'joint_stage', 'check_plan', 'keep_plan', 'run', 'all_stages', 'replace_plan',
+           'write_result', 'site_settings', 'stage', 'VerifyConfig', 'verify']
 
 # %% ../nbs/71_continual.ipynb #74bece3b
 import json
@@ -533,6 +533,11 @@ def check_plan(cfg:ContinualConfig):
     if len(set(names)) < len(names): raise UserError(f'stage {next(n for n in names if names.count(n) > 1)!r} is named twice', 'a name for each stage')
     if cfg.strategy == 'joint' and cfg.start: raise UserError('joint training from a packet', 'no start: it sees all stages at once')
 
+def keep_plan(cfg:ContinualConfig, out:Path):
+    "The plan as it was filled in, but for its folders."
+    plan = to_dict(cfg) | dict(out=None, start=None); plan['stages'] = [s | dict(data=None, pool=None) for s in plan['stages']]
+    out.mkdir(parents=True, exist_ok=True); save_yaml(plan, out/'plan.yaml', 'medssl continual run; the folders of the stages are not kept: their names can be names of patients')
+
 def run(
     cfg:ContinualConfig,
 )->dict:               # `out`, `rows`, `result`, `packet`
@@ -548,7 +553,7 @@ def all_stages(cfg:ContinualConfig, team:Team)->dict:
     datas = [StageData(s) for s in cfg.stages]; packet = start; first = len(start.stages) if start else 0
     bare = [d.name for d in datas if not len(d.test)] if cfg.score.scores and not start else []
     if bare: team.say(f'{", ".join(bare)}: nobody is left out of training, so scores are taken on what was learnt from; medssl prepare MANIFEST -o NEW --test-share 0.2 puts people aside')
-    team.lead(lambda: (out.mkdir(parents=True, exist_ok=True), save_yaml(cfg, out/'plan.yaml', 'medssl continual run plan.yaml'))); rows = []
+    team.lead(lambda: keep_plan(cfg, out)); rows = []
     scored = lambda after, p: team.lead(lambda: evaluate_stage(cfg, datas, after, p, team.device)) if cfg.score.scores and not start else None
     rows += scored(0, None) or []
     if cfg.strategy == 'joint': packet = joint_stage(cfg, datas, team); rows += scored(len(datas), packet) or []

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['seed_of', 'generator', 'field_generator', 'UserError', 'nearest', 'choose', 'check_shape', 'atomic', 'sweep',
            'atomic_dir', 'size_text', 'disk_errno', 'disk_errors', 'die_with_parent', 'write_json', 'loads_json',
-           'read_json', 'write_jsonl', 'read_jsonl', 'sha256_file', 'site_key', 'pseudonym']
+           'read_json', 'write_jsonl', 'read_jsonl', 'sha256_file', 'site_key', 'pseudonym', 'printable']
 
 # %% ../nbs/00_core.ipynb #2d3d079b
 import difflib
@@ -274,4 +274,13 @@ def pseudonym(
     size:int=12,   # hex digits: 12 means one accidental clash in about 16 million subjects
 )->str:
     "A name that tells whether, not who."
-    return f'{prefix}-{hmac.new(key, text.encode(), hashlib.sha256).hexdigest()[:size]}'
+    raw = text.encode('utf-8', 'surrogatepass')   # names of files that are not UTF-8 reach Python as lone surrogates
+    return f'{prefix}-{hmac.new(key, raw, hashlib.sha256).hexdigest()[:size]}'
+
+# %% ../nbs/00_core.ipynb #49778295
+def printable(
+    text,     # a path, perhaps with bytes that are not UTF-8
+)->str:
+    "Text that every terminal takes; bytes that are no letters are spelt out."
+    spelt = lambda m: f'\\x{ord(m[0]) - 0xdc00:02x}' if '\udc80' <= m[0] <= '\udcff' else f'\\u{ord(m[0]):04x}'
+    return re.sub('[\ud800-\udfff]', spelt, str(text))

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import UserError, atomic, read_jsonl
+from .core import UserError, atomic, printable, read_jsonl
 from .data.cases import Manifest, Prepared, channel_order
 from .data.privacy import identifying, quiet_readers
 from .data.volume import ReadError, read_volume, reorient
@@ -635,5 +635,5 @@ def where(
     man = Manifest(cfg.manifest); ids = {cfg.file: [cfg.file]} if cfg.file.startswith('f-') else {r['case']: [f['file'] for part in ('images', 'labels') for f in (r.get(part) or {}).values() if isinstance(f, dict)] for r in man.cases}
     if cfg.file not in ids: raise UserError(f'{cfg.file} is not in this manifest', 'a file f-... or a case c-... of it')
     for f in dict.fromkeys(ids[cfg.file]):
-        for p in man.paths(f): print(p)   # the one command whose purpose is to show names
+        for p in man.paths(f): print(printable(p))   # the one command whose purpose is to show names
     return {}

@@ -630,7 +630,7 @@ def claim(bench:Bench):
         old = {**to_dict(type(cfg)()), **(read_yaml(f) or {})}      # what was no setting yet counts as its default
         differ = [k for k in now if k not in FREE and old.get(k) != now[k]]
         if differ: raise UserError(f'{cfg.out} holds a comparison with other settings: ' + ', '.join(f'{k} was {old.get(k)!r}, now {now[k]!r}' if k != 'test_cases' else 'other test cases' for k in differ), 'the same', 'another --out')
-    save_yaml(now, f)
+    save_yaml({k: v for k,v in now.items() if k not in ('data', 'out', 'arms')}, f, 'the folders of data, arms and results are not kept: their names can be names of patients')
 
 def write_reports(bench:Bench):
     "What landed, for each arm."
