@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['T', 'S', 'FAMILIES', 'MACHINE', 'SCORES', 'StageConfig', 'ScoreConfig', 'Common', 'ContinualConfig', 'SiteConfig',
            'train_defaults', 'common', 'word_in', 'plan_settings', 'find_prepared', 'row_facts', 'StageData',
-           'region_of', 'family_cases', 'partly', 'fresh_task', 'give_words', 'draw_pools', 'old_cases', 'mix_cases',
-           'new_steps', 'stage_train', 'shared_settings', 'portable', 'stage_settings', 'Scene', 'Team', 'in_order',
-           'readouts', 'make_buffer', 'finish_stage', 'write_cost', 'whole_stage', 'check_done', 'check_begun',
-           'do_stage', 'some', 'case_loss', 'refitter', 'segment_rows', 'score_stage', 'score_question',
+           'region_of', 'family_cases', 'partly', 'fresh_task', 'give_words', 'spelt', 'draw_pools', 'old_cases',
+           'mix_cases', 'new_steps', 'stage_train', 'shared_settings', 'portable', 'stage_settings', 'Scene', 'Team',
+           'in_order', 'readouts', 'make_buffer', 'finish_stage', 'write_cost', 'whole_stage', 'check_done',
+           'check_begun', 'do_stage', 'some', 'case_loss', 'refitter', 'segment_rows', 'score_stage', 'score_question',
            'evaluate_stage', 'joint_settings', 'joint_stage', 'check_plan', 'run', 'look_back', 'all_stages',
            'replace_plan', 'write_result', 'site_settings', 'stage', 'VerifyConfig', 'verify']
 
@@ -33,7 +33,7 @@ from .data.stages import Beside, Mixed, TextCases, choose_rows, part, report_row
 from .data.stages import Joint as JointCases
 from .data.text import train_tokenizer
 from .eval.forgetting import knn_accuracy, linear_cka, measures_md, pretext_scores, ridge_probe, summarise_runs
-from .packet import Packet, hand_over, provenance, write_packet
+from .packet import Packet, hand_over, provenance, vocabulary_words, write_packet
 from .invert import render_pool
 from .pretrain import input_of, normalisation
 from .strategies import ContinualTask, load_strategy, strategy_config
@@ -227,9 +227,15 @@ def fresh_task(cfg:Common, stage:int, rows=None, channels=None):
         torch.manual_seed(seed_of(cfg.train.seed, stage, 0, 'weights'))
         return load_task(cfg.method, c)
 
-def give_words(task, data:StageData):
-    "The first stage of reports makes the vocabulary; later ones find it with the weights."
-    if data.kind == 'text' and hasattr(task, 'set_tokenizer') and not task.encoder.words.any(): task.set_tokenizer(train_tokenizer((r['text'] for r in data.train), task.cfg.vocab))
+def give_words(task, data:StageData)->dict:
+    "The first stage of reports makes the vocabulary, of words that many persons share; later ones find it with the weights. What it was made of; empty where nothing was made."
+    if data.kind != 'text' or not hasattr(task, 'set_tokenizer') or task.encoder.words.any(): return {}
+    tok = train_tokenizer((r['text'] for r in data.train), task.cfg.vocab, subjects=(r['subject'] for r in data.train))
+    task.set_tokenizer(tok); return tok.made
+
+def spelt(words:dict)->str:
+    "Are many words spelt, because few persons share them? In words."
+    return f'; {words["spelt"]:.0%} of their words are shared by fewer than {words["people"]} persons, and are spelt' if words.get('spelt', 0) > .05 else ''
 
 # %% ../nbs/71_continual.ipynb #c8dd513f
 def draw_pools(packet:Packet, out):
@@ -294,7 +300,7 @@ class Scene:
         if cfg.train.strategy == 'fsdp' and world > 1 and not self.strategy.divides: raise UserError(f'strategy {cfg.strategy!r} with weights divided among processes', '--train.strategy ddp', 'it looks at whole weights')
         task = fresh_task(cfg, self.index, data.train, data.stage.channels)
         if before: hand_over(before, task, cfg.reset_decoder)
-        give_words(task, data)
+        self.words = give_words(task, data)
         if data.stage.pool is None: self.strategy.admit(task, {**data.facts(), 'last': self.index + 1 >= (planned or 0) > 0})
         self.new,self.old = data.cases(task),old_cases(before, task, self.strategy, drawn) if before and self.strategy.old in ('step', 'beside') else {}
         self.mix = mix_cases(self.strategy, self.new, self.old, data.name)
@@ -386,7 +392,7 @@ def finish_stage(scene:Scene, run, to, device)->Path:
         p = Prepared(buffer); rows = report_rows(p) if scene.data.kind == 'text' else p.rows
         kept = s.keep_answers(task, scene.data.name, in_order(family_cases(task, p, scene.data.kind, rows, tuple(scene.data.channels), 'centre'), 16, device))
     saw = {scene.data.name: files} if (files := sorted((run/'statistics').glob(f'{scene.data.name}.*'))) else {}
-    facts = {**scene.data.facts(), 'left_out': list(scene.data.stage.leave_out), 'cost': cost}
+    facts = {**scene.data.facts(), 'left_out': list(scene.data.stage.leave_out), 'cost': cost, **({'words': scene.words} if scene.words else {})}
     settings = {**portable(shared_settings(scene.cfg, scene.planned)), 'before': scene.before.identity if scene.before else None}
     tidy(Path(to).parent, Path(to).name); write_packet(to, task.cpu(), facts, settings, scene.before, {scene.data.name: buffer} if buffer is not None else {}, kept, saw, card=scene.card())
     return write_cost(Packet(to), run)
@@ -430,7 +436,7 @@ def do_stage(cfg:Common, data:StageData, before:Packet|None, run, to, planned:in
     drawn = Path(run)/'drawn'
     if before: team.lead(lambda: draw_pools(before, drawn))
     scene = Scene(cfg, data, before, planned, team.world, drawn)
-    c = scene.cost(); team.say(f'stage {scene.index+1}, {data.name}: {len(scene.new)} {data.kind} cases{partly(scene.new)}, {c["new_steps"]} steps on them' + (f', {c["old_steps"]} on old ones' if c['old_steps'] else '') + f'; {cfg.strategy}, {cfg.method}')
+    c = scene.cost(); team.say(f'stage {scene.index+1}, {data.name}: {len(scene.new)} {data.kind} cases{partly(scene.new)}{spelt(scene.words)}, {c["new_steps"]} steps on them' + (f', {c["old_steps"]} on old ones' if c['old_steps'] else '') + f'; {cfg.strategy}, {cfg.method}')
     rows = train(scene.task, scene.mix, scene.train, run, method=scene.task.method, card=scene.card(), resume=cfg.resume, config=scene.config(), extra=lambda step, t: dict(old=int(t.is_old)))
     whole_stage(rows, scene.total, data.name)
     if team.world > 1: scene = Scene(cfg, data, before, planned, team.world, drawn) if team.rank == 0 else None     # the trained one is wrapped, and may be divided
@@ -558,7 +564,7 @@ def joint_stage(cfg:ContinualConfig, datas:list, team:Team, run, to)->Packet:
     t = cfg.train; strategy = load_strategy('joint', cfg.settings); task = fresh_task(cfg, 0, [r for d in datas for r in d.train], None)
     sources = {d.name: d.cases(task) for d in datas}
     total = sum(new_steps(cfg, d.stage, len(d.train), t.batch*t.accum*team.world) for d in datas)
-    for d in datas: give_words(task, d)
+    words = {d.name: give_words(task, d) for d in datas}
     strategy.begin(task, 0, total, {}, {n: [] for n in sources}, t.seed); whole = ContinualTask(task, strategy); train_cfg = stage_train(cfg, total)
     card = dict(preset=cfg.preset, strategy='joint', stages=list(sources), input=input_of(task))
     team.say(f'joint: {sum(len(c) for c in sources.values())} cases of {len(sources)} stages, {total} steps{"".join(partly(c) for c in sources.values())}')
@@ -570,7 +576,7 @@ def joint_stage(cfg:ContinualConfig, datas:list, team:Team, run, to)->Packet:
         with atomic_dir(to) as tmp:                                           # one packet; each stage with the decoder that serves it
             before = None
             for i,d in enumerate(datas):
-                with strategy2.own(task, d.name): write_packet(tmp/f'{i}', task, {**d.facts(), 'left_out': list(d.stage.leave_out), 'cost': dict(new_steps=total, old_steps=0, extra_passes=strategy2.cost(total, 0), lr=peak_rate(train_cfg, team.world))}, portable(settings), before, card=card)
+                with strategy2.own(task, d.name): write_packet(tmp/f'{i}', task, {**d.facts(), 'left_out': list(d.stage.leave_out), **({'words': words[d.name]} if words[d.name] else {}), 'cost': dict(new_steps=total, old_steps=0, extra_passes=strategy2.cost(total, 0), lr=peak_rate(train_cfg, team.world))}, portable(settings), before, card=card)
                 before = Packet(tmp/f'{i}')
             last = tmp/f'{len(datas)-1}'
             for f in sorted(last.iterdir()): os.rename(f, tmp/f.name)
@@ -687,6 +693,7 @@ def verify(cfg:VerifyConfig)->dict:
     if cfg.audited and (not p.facts.get('audited') or any(a['alarm'] or not a['decided'] for a in p.facts['audit'].values())): print(f'REFUSED: {said}'); return dict(out=None, packet=p, exit=1)
     print(p.facts['patient_data_words'])
     if any(r['kind'] == 'inverted' for r in p.facts['replay'].values()): print(said)
+    if words := vocabulary_words(p.stages): print(words)
     print(text_table([dict(stage=s['name'], kind=s['kind'], cases=s['cases'], subjects=s['subjects'], old_cases=(p.facts['replay'].get(s['name']) or {}).get('cases', 0), are=(p.facts['replay'].get(s['name']) or {}).get('kind', '')) for s in p.stages]))
     print(f'{len(p.facts["files"])} files, {size_text(p.bytes())}, all as written; strategy {p.settings.get("strategy")}, method {p.facts["method"]}')
     return dict(out=None, packet=p, exit=0)

@@ -127,6 +127,31 @@ def test_stage_by_stage_at_three_sites_is_the_same(journey, root):
     refused("continual", "stage", "--from", b, "--data", root / "ct", "--name", "ct", "--to", root / "x", "--task.width", "64", "--task.heads", "2", says=["holds another network", "width is 32 there and 64 here"])
 
 
+def test_no_patient_is_named_in_the_vocabulary(root):
+    "The reports of one person name her three times, those of two persons name a third; packets of a strategy that keeps no case hold neither name, in whole or in part."
+    from medssl_nb.core import read_jsonl, write_jsonl
+    from medssl_nb.data.cases import write_index
+    from medssl_nb.data.text import unpack_tokenizer
+    from medssl_nb.packet import Packet
+
+    named = root / "named"
+    (named / "volumes").mkdir(parents=True)
+    write_index(named)
+    rows = read_jsonl(root / "report" / "reports.jsonl")
+    told = [dict(r, case=f"n-{i}", subject=s, split="train", text=f"{w} has a small nodule in the left lower lobe. {r['text']}") for i, (s, w, r) in enumerate([("n-s0", "kowalczykowska", r) for r in rows[:3]] + [(f"n-s{1 + i % 2}", "quistgaard", r) for i, r in enumerate(rows[3:7])])]
+    write_jsonl(named / "reports.jsonl", rows + told)
+    code, out, err = medssl("continual", "run", plan(root, root / "named_out", stages=[dict(name="report", data=str(named))], strategy="sequential", settings={}, name="named.yaml", score=dict(scores=[])))
+    assert code == 0 and "of their words are shared by fewer than 5 persons, and are spelt" in out, out + err
+    p = Packet(root / "named_out" / "packets" / "01_report")
+    pieces = {w.removeprefix("##") for w in unpack_tokenizer(p.model()["encoder.words"]).t.get_vocab()}
+    known = " ".join(WORDS)
+    assert "nodule" in pieces and not [w for w in pieces if len(w) > 2 and w in "kowalczykowska quistgaard" and w not in known]
+    assert not p.facts["patient_data"] and p.stages[0]["words"]["people"] == 5
+    said = "learnt from reports: from words that the reports of at least 5 persons share"
+    code, out, err = medssl("continual", "verify", p.path)
+    assert code == 0 and said in out and said in (p.path / "README.md").read_text()
+
+
 def test_a_packet_that_was_touched_is_refused(journey, root):
     source = journey / "packets" / "02_xr"
 
