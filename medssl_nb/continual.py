@@ -6,11 +6,11 @@
 __all__ = ['T', 'S', 'FAMILIES', 'MACHINE', 'SCORES', 'StageConfig', 'ScoreConfig', 'Common', 'ContinualConfig', 'SiteConfig',
            'train_defaults', 'common', 'word_in', 'plan_settings', 'find_prepared', 'row_facts', 'StageData',
            'region_of', 'family_cases', 'partly', 'fresh_task', 'give_words', 'spelt', 'draw_pools', 'old_cases',
-           'mix_cases', 'new_steps', 'stage_train', 'shared_settings', 'portable', 'stage_settings', 'Scene', 'Team',
-           'in_order', 'readouts', 'make_buffer', 'finish_stage', 'write_cost', 'whole_stage', 'check_done',
-           'check_begun', 'do_stage', 'some', 'case_loss', 'refitter', 'segment_rows', 'score_stage', 'score_question',
-           'evaluate_stage', 'joint_settings', 'joint_stage', 'check_plan', 'run', 'look_back', 'all_stages',
-           'replace_plan', 'write_result', 'site_settings', 'stage', 'VerifyConfig', 'verify']
+           'mix_cases', 'new_steps', 'stage_train', 'shared_settings', 'portable', 'other_settings', 'stage_settings',
+           'Scene', 'Team', 'in_order', 'readouts', 'make_buffer', 'finish_stage', 'write_cost', 'whole_stage',
+           'check_done', 'check_begun', 'do_stage', 'some', 'case_loss', 'refitter', 'segment_rows', 'score_stage',
+           'score_question', 'evaluate_stage', 'joint_settings', 'joint_stage', 'check_plan', 'run', 'look_back',
+           'all_stages', 'replace_plan', 'write_result', 'site_settings', 'stage', 'VerifyConfig', 'verify']
 
 # %% ../nbs/71_continual.ipynb #74bece3b
 import hashlib
@@ -85,6 +85,7 @@ class Common(Generic[T, S]):
     reset_decoder:bool=True       # begin anew with decoder and heads each stage
     train:TrainConfig=field(default_factory=TrainConfig)  # the loop; steps and warmup are set by the above
     resume:Literal['auto','must','force','never']='auto'
+    differ:bool=False             # go on from a packet although it was made with other settings; what differs is said
 
 # %% ../nbs/71_continual.ipynb #6e276c37
 @dataclass
@@ -280,8 +281,13 @@ def shared_settings(cfg:Common, planned:int)->dict:
 MACHINE = ('device', 'devices', 'nodes', 'strategy', 'workers', 'max_minutes', 'bar', 'tensorboard')   # settings of the loop that belong to a machine, not to a sequence
 
 def portable(settings:dict)->dict:
-    "What may travel: without the sender's machine."
-    return {**settings, 'train': {k: v for k,v in settings['train'].items() if k not in MACHINE}}
+    "What may travel: without the sender's machine. What was no setting of the loop yet counts as its default."
+    return {**settings, 'train': {k: v for k,v in {**to_dict(TrainConfig()), **settings['train']}.items() if k not in MACHINE}}
+
+def other_settings(packet:Packet, cfg:Common)->list:
+    "Where these settings are not those of the packet; each stage has its own length."
+    then,now = ({k: v for k,v in portable(s).items() if k not in ('planned', 'before', 'epochs', 'steps')} for s in (packet.settings, shared_settings(cfg, 0)))
+    return differing(then, now)
 
 # %% ../nbs/71_continual.ipynb #1a1de5b7
 def stage_settings(cfg:Common, data:StageData, before:Packet|None, planned:int, world:int=1)->dict:
@@ -300,6 +306,8 @@ class Scene:
         if cfg.train.strategy == 'fsdp' and world > 1 and not self.strategy.divides: raise UserError(f'strategy {cfg.strategy!r} with weights divided among processes', '--train.strategy ddp', 'it looks at whole weights')
         task = fresh_task(cfg, self.index, data.train, data.stage.channels)
         if before: hand_over(before, task, cfg.reset_decoder)
+        self.other = other_settings(before, cfg) if before else []
+        if self.other and not cfg.differ: raise UserError(f'packet {before.path.name} was made with other settings: ' + '; '.join(self.other[:4]), 'the settings of the packet, as --from alone gives them', '--differ True says that somebody decided otherwise')
         self.words = give_words(task, data)
         if data.stage.pool is None: self.strategy.admit(task, {**data.facts(), 'last': self.index + 1 >= (planned or 0) > 0})
         self.new,self.old = data.cases(task),old_cases(before, task, self.strategy, drawn) if before and self.strategy.old in ('step', 'beside') else {}
@@ -436,7 +444,7 @@ def do_stage(cfg:Common, data:StageData, before:Packet|None, run, to, planned:in
     drawn = Path(run)/'drawn'
     if before: team.lead(lambda: draw_pools(before, drawn))
     scene = Scene(cfg, data, before, planned, team.world, drawn)
-    c = scene.cost(); team.say(f'stage {scene.index+1}, {data.name}: {len(scene.new)} {data.kind} cases{partly(scene.new)}{spelt(scene.words)}, {c["new_steps"]} steps on them' + (f', {c["old_steps"]} on old ones' if c['old_steps'] else '') + f'; {cfg.strategy}, {cfg.method}')
+    c = scene.cost(); team.say(f'stage {scene.index+1}, {data.name}: {len(scene.new)} {data.kind} cases{partly(scene.new)}{spelt(scene.words)}, {c["new_steps"]} steps on them' + (f', {c["old_steps"]} on old ones' if c['old_steps'] else '') + f'; {cfg.strategy}, {cfg.method}' + (f'; OTHER SETTINGS than the packet: {"; ".join(scene.other)}' if scene.other else ''))
     rows = train(scene.task, scene.mix, scene.train, run, method=scene.task.method, card=scene.card(), resume=cfg.resume, config=scene.config(), extra=lambda step, t: dict(old=int(t.is_old)))
     whole_stage(rows, scene.total, data.name)
     if team.world > 1: scene = Scene(cfg, data, before, planned, team.world, drawn) if team.rank == 0 else None     # the trained one is wrapped, and may be divided
