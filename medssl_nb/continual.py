@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['T', 'S', 'FAMILIES', 'MACHINE', 'SCORES', 'StageConfig', 'ScoreConfig', 'Common', 'ContinualConfig', 'SiteConfig',
            'train_defaults', 'common', 'word_in', 'plan_settings', 'find_prepared', 'row_facts', 'StageData',
-           'region_of', 'family_cases', 'partly', 'fresh_task', 'give_words', 'spelt', 'draw_pools', 'old_cases',
-           'mix_cases', 'new_steps', 'stage_train', 'shared_settings', 'portable', 'other_settings', 'stage_settings',
-           'Scene', 'Team', 'in_order', 'readouts', 'make_buffer', 'finish_stage', 'write_cost', 'whole_stage',
-           'check_done', 'check_begun', 'do_stage', 'some', 'case_loss', 'refitter', 'segment_rows', 'score_stage',
-           'score_question', 'evaluate_stage', 'joint_settings', 'joint_stage', 'check_plan', 'run', 'look_back',
-           'all_stages', 'replace_plan', 'write_result', 'site_settings', 'stage', 'VerifyConfig', 'verify']
+           'region_of', 'family_cases', 'partly', 'fresh_task', 'give_words', 'tokenizer_name', 'spelt', 'draw_pools',
+           'old_fit', 'old_cases', 'mix_cases', 'new_steps', 'stage_train', 'shared_settings', 'portable',
+           'other_settings', 'stage_settings', 'Scene', 'Team', 'in_order', 'readouts', 'make_buffer', 'finish_stage',
+           'write_cost', 'announced', 'whole_stage', 'check_done', 'check_begun', 'do_stage', 'some', 'case_loss',
+           'refitter', 'segment_rows', 'score_stage', 'score_question', 'evaluate_stage', 'joint_settings',
+           'joint_stage', 'check_plan', 'run', 'look_back', 'alone_rows', 'all_stages', 'replace_plan', 'write_result',
+           'site_settings', 'stage', 'VerifyConfig', 'verify']
 
 # %% ../nbs/71_continual.ipynb #74bece3b
 import hashlib
@@ -21,6 +22,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
@@ -29,14 +31,14 @@ import torch
 from .config import from_dict, read_yaml, save_yaml, to_dict
 from .core import UserError, choose, generator, read_json, read_jsonl, seed_of, size_text, sweep, write_json, write_jsonl
 from .data.cases import Cases, Prepared, plain_name, read_batch, text_table
-from .data.stages import Beside, Mixed, TextCases, choose_rows, part, report_rows, write_buffer
+from .data.stages import Beside, Mixed, Placed, TextCases, choose_rows, part, report_rows, write_buffer
 from .data.stages import Joint as JointCases
-from .data.text import train_tokenizer
+from .data.text import load_tokenizer, train_tokenizer
 from .eval.forgetting import knn_accuracy, linear_cka, measures_md, pretext_scores, ridge_probe, summarise_runs
 from .packet import Packet, hand_over, provenance, vocabulary_words, write_packet
 from .invert import render_pool
 from .pretrain import input_of, normalisation
-from .strategies import ContinualTask, load_strategy, strategy_config
+from .strategies import ContinualTask, SequentialConfig, load_strategy, strategy_config
 from .tasks.base import belongs, reads, to_device
 from .tasks.registry import METHODS, load_task, task_config
 from .train.checkpoint import atomic_dir, latest, load_checkpoint, read_tensors, tidy
@@ -69,6 +71,7 @@ class ScoreConfig:
     neighbours:int=20             # knn
     labels:int=8                  # segment: labelled cases
     segment_steps:int=200         # segment: of the linear decoder
+    alone:bool=False              # train each stage alone, too, from the same first weights: what intransigence compares with. Costs as much as the whole sequence again
 
 @dataclass
 class Common(Generic[T, S]):
@@ -212,7 +215,10 @@ def family_cases(task, prepared, kind:str, rows, channels=None, rule:str='random
     if kind == 'text':
         if 'text' not in reads(task): raise UserError(f'{type(task).__name__} does not read reports', 'mim with text among its kinds')
         return TextCases(prepared, rows)
-    return Cases(prepared, rows, channels=channels or task.channels, region=region_of(task, kind), region_rule=rule)
+    names = getattr(task, 'channels', None); have = [c for c in (channels or names) if c in names and c in prepared.channels] if names else channels
+    if names and not have: raise UserError(f'{type(task).__name__} has places for {", ".join(names)}, and the cases show {", ".join(channels or prepared.channels)}', 'a sequence in common')
+    cases = Cases(prepared, rows, channels=have, region=region_of(task, kind), region_rule=rule)
+    return Placed(cases, names) if names and tuple(have) != tuple(names) else cases
 
 def partly(cases)->str:
     "Is only a part of larger images read? In words; nothing where whole ones are."
@@ -231,8 +237,16 @@ def fresh_task(cfg:Common, stage:int, rows=None, channels=None):
 def give_words(task, data:StageData)->dict:
     "The first stage of reports makes the vocabulary, of words that many persons share; later ones find it with the weights. What it was made of; empty where nothing was made."
     if data.kind != 'text' or not hasattr(task, 'set_tokenizer') or task.encoder.words.any(): return {}
+    named = getattr(task.cfg, 'tokenizer', None)
+    if named and named.startswith('sha256:'): raise UserError(f'this sequence reads with a tokenizer of its own ({named}), and no stage before had reports', 'the file', '--task.tokenizer tokenizer.json')
+    if named: task.set_tokenizer(tok := load_tokenizer(named)); return {'pieces': len(tok), 'from': tokenizer_name(named)}
     tok = train_tokenizer((r['text'] for r in data.train), task.cfg.vocab, subjects=(r['subject'] for r in data.train))
     task.set_tokenizer(tok); return tok.made
+
+def tokenizer_name(named:str|None)->str|None:
+    "What may travel of it: a name on the hub, or the digest of a file; no path."
+    if not named or named.startswith(('hub:', 'sha256:')): return named
+    return 'sha256:' + hashlib.sha256(load_tokenizer(named).to_json().encode()).hexdigest()[:16]
 
 def spelt(words:dict)->str:
     "Are many words spelt, because few persons share them? In words."
@@ -245,6 +259,15 @@ def draw_pools(packet:Packet, out):
         if (where/'index.jsonl').is_file() or (Path(out)/name/'provenance.json').is_file(): continue
         shutil.rmtree(Path(out)/name, ignore_errors=True); render_pool(where, Path(out)/name)
 
+def old_fit(task, strategy, stage:dict, rows):
+    "Can a task with places for sequences look at the old cases of a stage?"
+    names,old = getattr(task, 'channels', None),stage['channels']; gone = [c for c in old if c not in names] if names else []
+    say = lambda came, want: UserError(f'the old cases of stage {stage["name"]!r} {came}', want, 'a method without a place for each sequence (mae, pcrlv2, taco, mim), or a strategy without old cases')
+    if len(gone) == len(old): raise say(f'show {", ".join(old)}, and this stage has places for {", ".join(names)}', 'a sequence in common')
+    if gone and strategy.old == 'beside': raise say(f'have answers to {", ".join(old)}, and this stage has no place for {", ".join(gone)}', 'all sequences of the stored answers')
+    atlas = tuple(getattr(getattr(task, 'cfg', None), 'atlas', ())); big = max((tuple(r['shape'][-len(atlas):]) for r in rows if any(a > b for a,b in zip(r['shape'][-len(atlas):], atlas))), default=None) if atlas else None
+    if big: raise UserError(f'old cases of stage {stage["name"]!r} are as large as {big}, and the atlas of this stage is {atlas}', 'an atlas that holds the cases of all stages', 'task: {atlas: [...]} in the plan, from the first stage on')
+
 def old_cases(packet:Packet, task, strategy, drawn=None)->dict:
     "Old cases of a packet, by stage; `drawn`: where pools were drawn that travel as codes."
     kinds,out = {s['name']: s for s in packet.stages},{}
@@ -252,6 +275,7 @@ def old_cases(packet:Packet, task, strategy, drawn=None)->dict:
         s = kinds[name]
         if s['kind'] == 'text' and getattr(strategy.cfg, 'text', 'real') == 'none': continue
         p = Prepared(where if drawn is None or (where/'index.jsonl').is_file() else Path(drawn)/name)
+        if s['kind'] != 'text': old_fit(task, strategy, s, p.rows)
         out[name] = family_cases(task, p, s['kind'], report_rows(p) if s['kind'] == 'text' else p.rows, None if s['kind'] == 'text' else tuple(s['channels']), 'centre' if strategy.old == 'beside' else 'random')   # a stored answer is that to the middle of the volume
     return out
 
@@ -276,6 +300,7 @@ def stage_train(cfg:Common, total:int)->TrainConfig:
 def shared_settings(cfg:Common, planned:int)->dict:
     "What all stages of a sequence have in common, as plain values."
     c = {k: to_dict(getattr(cfg, k)) for k in ('strategy', 'settings', 'method', 'preset', 'task', 'epochs', 'steps', 'warmup', 'reset_decoder', 'train')}
+    if c['task'].get('tokenizer'): c['task']['tokenizer'] = tokenizer_name(c['task']['tokenizer'])
     return json.loads(json.dumps({**c, 'planned': planned}))
 
 MACHINE = ('device', 'devices', 'nodes', 'strategy', 'workers', 'max_minutes', 'bar', 'tensorboard')   # settings of the loop that belong to a machine, not to a sequence
@@ -327,7 +352,7 @@ class Scene:
     def cost(self)->dict:
         "What the strategy takes on top of sequential training."
         old = self.total - self.steps
-        return dict(new_steps=self.steps, old_steps=old, old_batches_beside=self.steps*2*isinstance(self.mix, Beside), extra_passes=self.strategy.cost(self.steps, old), lr=peak_rate(self.train, self.world), batch=self.train.batch*self.train.accum*self.world)
+        return dict(new_steps=self.steps, old_steps=old, old_batches_beside=self.steps*2*isinstance(self.mix, Beside), extra_passes=self.strategy.cost(self.steps, old), after=self.strategy.after(len(self.new), self.data.kind == 'text'), lr=peak_rate(self.train, self.world), batch=self.train.batch*self.train.accum*self.world)
 
 # %% ../nbs/71_continual.ipynb #c72b88bd
 class Team:
@@ -411,6 +436,12 @@ def write_cost(p:Packet, run)->Packet:
     return p
 
 # %% ../nbs/71_continual.ipynb #ce0f97b3
+def announced(scene)->str:
+    "The line with which a stage begins: how much there is to see, how often, and at which rate."
+    c,d,world = scene.cost(),scene.data,scene.world
+    return (f'stage {scene.index+1}, {d.name}: {len(scene.new)} {d.kind} cases{partly(scene.new)}{spelt(scene.words)}, {c["new_steps"]} steps on them' + (f', {c["old_steps"]} on old ones' if c['old_steps'] else '') + f'; {scene.cfg.strategy}, {scene.cfg.method}'
+        + f'; {c["batch"]} cases a step' + (f' over {world} processes' if world > 1 else '') + f', rate {c["lr"]:.3g}')
+
 def whole_stage(rows:list, total:int, name:str):
     "Half a stage is no stage, so no packet: `max_minutes` ends the command."
     if rows and rows[-1]['step'] < total: raise Stopped(f'stage {name} is at step {rows[-1]["step"]} of {total}; the same command continues')
@@ -444,7 +475,7 @@ def do_stage(cfg:Common, data:StageData, before:Packet|None, run, to, planned:in
     drawn = Path(run)/'drawn'
     if before: team.lead(lambda: draw_pools(before, drawn))
     scene = Scene(cfg, data, before, planned, team.world, drawn)
-    c = scene.cost(); team.say(f'stage {scene.index+1}, {data.name}: {len(scene.new)} {data.kind} cases{partly(scene.new)}{spelt(scene.words)}, {c["new_steps"]} steps on them' + (f', {c["old_steps"]} on old ones' if c['old_steps'] else '') + f'; {cfg.strategy}, {cfg.method}' + (f'; OTHER SETTINGS than the packet: {"; ".join(scene.other)}' if scene.other else ''))
+    team.say(announced(scene) + (f'; OTHER SETTINGS than the packet: {"; ".join(scene.other)}' if scene.other else ''))
     rows = train(scene.task, scene.mix, scene.train, run, method=scene.task.method, card=scene.card(), resume=cfg.resume, config=scene.config(), extra=lambda step, t: dict(old=int(t.is_old)))
     whole_stage(rows, scene.total, data.name)
     if team.world > 1: scene = Scene(cfg, data, before, planned, team.world, drawn) if team.rank == 0 else None     # the trained one is wrapped, and may be divided
@@ -498,17 +529,19 @@ def score_stage(
     packet:Packet|None, # after those
     at:Path,            # folder for features
     device,
+    first:int=0,        # stages that lie before this plan: `stage` and `after` count from there
+    shaped=None,        # rows that shape the task, where these are not the stage's own (joint training)
 )->list:                # rows: after, stage (from 1), score, value …
     "Every score of one stage after so many stages."
     for s in score.scores: choose(s, SCORES, 'score')
-    task = fresh_task(cfg, stage if after else 0, data.train, data.stage.channels)
+    at_first = first + stage if packet else 0; task = fresh_task(cfg, at_first, data.train, data.stage.channels) if shaped is None else fresh_task(cfg, at_first, shaped)
     strategy = load_strategy(cfg.strategy, replace(cfg.settings, stages=cfg.planned) if hasattr(cfg.settings, 'stages') and not cfg.settings.stages else cfg.settings)
-    if packet: hand_over(packet, task); strategy.begin(task, after - 1, 1, packet.kept() if cfg.strategy == 'packnet' else {}, {}, cfg.train.seed)
+    if packet: hand_over(packet, task); strategy.begin(task, first + after - 1, 1, packet.kept() if cfg.strategy == 'packnet' else {}, {}, cfg.train.seed)
     give_words(task, data); task.to(device); strategy.to(device); seed,target = cfg.train.seed,data.stage.target
     test = some(data.test if len(data.test) else data.train, score.cases, seed, data.name); learn = some(data.train, score.cases, seed, data.name)
     base = dict(strategy=cfg.strategy, seed=seed, after=after, stage=stage+1, name=data.name, held_out=bool(len(data.test)))
     rows,per_case = [],lambda name, values, rs, **k: [dict(base, score=name, value=float(v), subject=r['subject'], **k) for v,r in zip(values, rs)]
-    with strategy.subnetwork(task, stage) if packet else nullcontext():
+    with strategy.subnetwork(task, first + stage) if packet else nullcontext():
         cases,fit = data.cases(task, test, 'centre'),data.cases(task, learn)
         learnt = after > stage
         if learnt and {'own', 'refit'} & set(score.scores):
@@ -547,8 +580,9 @@ def evaluate_stage(
     cfg:ContinualConfig,
     datas:list,         # `StageData` of all stages
     after:int,          # stages learnt
-    packet,             # `Packet` after them; None for the untrained network
+    packet,             # `Packet` after them; None for the untrained network, with `start` the packet it begins from
     device,
+    first:int=0,        # stages that lie before this plan
 )->list:
     "A row of R: every stage after so many stages; kept on disk with its question, so asked once."
     file = Path(cfg.out)/'scores'/f'after_{after:02d}.jsonl'; note = file.with_suffix('.json'); ask = score_question(cfg, datas, packet)
@@ -558,7 +592,7 @@ def evaluate_stage(
         file.unlink(missing_ok=True)
         for d in file.parent.glob(f'segment_{after:02d}_*'): shutil.rmtree(d)
         note.parent.mkdir(parents=True, exist_ok=True); write_json(note, ask)      # first the question: half an answer belongs to it
-    if not file.is_file(): write_jsonl(file, [r for j,d in enumerate(datas) for r in score_stage(cfg, cfg.score, d, j, after, packet, file.parent, device)])
+    if not file.is_file(): write_jsonl(file, [r for j,d in enumerate(datas) for r in score_stage(cfg, cfg.score, d, j, after, packet, file.parent, device, first, chain.from_iterable(d.train for d in datas) if cfg.strategy == 'joint' else None)])
     return read_jsonl(file)
 
 # %% ../nbs/71_continual.ipynb #ecaa9f11
@@ -600,6 +634,7 @@ def check_plan(cfg:ContinualConfig):
     names = [s.name for s in cfg.stages]
     if len(set(names)) < len(names): raise UserError(f'stage {next(n for n in names if names.count(n) > 1)!r} is named twice', 'a name for each stage')
     if cfg.strategy == 'joint' and cfg.start: raise UserError('joint training from a packet', 'no start: it sees all stages at once')
+    if cfg.score.alone and cfg.start: raise UserError('stages alone beside a sequence that begins with a packet', 'alone: false', 'alone means from the first weights, which that sequence did not see')
 
 def run(
     cfg:ContinualConfig,
@@ -616,23 +651,33 @@ def look_back(cfg:ContinualConfig, datas:list, places:list, start, planned:int, 
         check_begun(run, cfg, run.name, joint_settings(cfg, ds, world) if joint else stage_settings(cfg, ds[0], before, planned, world), None if joint else ds[0].facts()); break
     return done
 
+def alone_rows(cfg:ContinualConfig, datas:list, out:Path, team:Team)->list:
+    "Each stage trained by itself from the same first weights, and scored at its end."
+    rows = []
+    for j,d in enumerate(datas):
+        at = out/'alone'/d.name; solo = replace_plan(replace(cfg, strategy='sequential', settings=SequentialConfig(), stages=(d.stage,), out=at), 1); team.say(f'{d.name} alone')
+        p = do_stage(solo, d, None, at/'run', at/'packet', 1, team)
+        rows += [dict(r, strategy='alone', after=j+1, stage=j+1, alone=True) for r in team.lead(lambda: evaluate_stage(solo, [d], 1, p, team.device)) or [] if r['score'] != 'cka']
+    return rows
+
 def all_stages(cfg:ContinualConfig, team:Team)->dict:
     "The plan, walked through."
     out = Path(cfg.out)
     start = Packet(cfg.start) if cfg.start else None
     planned = cfg.planned or len(cfg.stages) + (len(start.stages) if start else 0); cfg = replace_plan(cfg, planned)
     datas = [StageData(s) for s in cfg.stages]; packet = start; first = len(start.stages) if start else 0
-    bare = [d.name for d in datas if not len(d.test)] if cfg.score.scores and not start else []
+    bare = [d.name for d in datas if not len(d.test)] if cfg.score.scores else []
     if bare: team.say(f'{", ".join(bare)}: nobody is left out of training, so scores are taken on what was learnt from; medssl prepare MANIFEST -o NEW --test-share 0.2 puts people aside')
     places = [(out/'stages'/name, out/'packets'/name) for name in (['joint'] if cfg.strategy == 'joint' else [f'{first+i+1:02d}_{d.name}' for i,d in enumerate(datas)])]
     done = look_back(cfg, datas, places, start, planned, team.world)
     team.lead(lambda: (out.mkdir(parents=True, exist_ok=True), save_yaml(cfg, out/'plan.yaml', 'medssl continual run plan.yaml'))); rows = []
-    scored = lambda after, p: team.lead(lambda: evaluate_stage(cfg, datas, after, p, team.device)) if cfg.score.scores and not start else None
-    rows += scored(0, None) or []
+    scored = lambda after, p: team.lead(lambda: evaluate_stage(cfg, datas, after, p, team.device, first)) if cfg.score.scores else None
+    rows += scored(0, start) or []
     if cfg.strategy == 'joint': packet = done[0] if done else joint_stage(cfg, datas, team, *places[0]); rows += scored(len(datas), packet) or []
     else:
         for i,(d,(at,to)) in enumerate(zip(datas, places)):
             packet = do_stage(cfg, d, packet, at, to, planned, team, done[i] if i < len(done) else None); rows += scored(i+1, packet) or []
+    if cfg.score.alone and cfg.score.scores: rows += alone_rows(cfg, datas, out, team)
     result = team.lead(lambda: write_result(cfg, rows, out))
     if rows: team.say(f'what was learnt and what was forgotten: {out.name}/result.md')
     return dict(out=out, rows=rows, result=result, packet=packet)
@@ -652,6 +697,8 @@ def write_result(cfg, rows:list, out)->dict:
     scores = [s for s in SCORES if any(r['score'] == s for r in found['table'])]
     costs = [dict(stage=f.parent.name, **{k: v for k,v in read_json(f).items() if not isinstance(v, dict)}, **{f'{k} bytes': v for k,v in read_json(f)['bytes'].items()}) for f in sorted(out.glob('stages/*/cost.json'))]
     text = [f'# {cfg.strategy}: {", ".join(s.name for s in cfg.stages)}', '', f'Method `{cfg.method}` ({cfg.preset}), seed {cfg.train.seed}.' + ('' if all(r.get('held_out', True) for r in rows) else ' **Some stages have no test split: they are scored on training cases.**'), '']
+    if cfg.start: text += [f'It begins with packet {Path(cfg.start).name}; the row after 0 stages is that packet, and the measures are of the stages of this plan alone.', '']
+    if cfg.strategy == 'packnet' and 'segment' in cfg.score.scores: text += ['`segment` was not taken: it reads the encoder of a packet, and PackNet answers with a part of it for each stage.', '']
     for s in scores: text += [f'## {s}', '', measures_md(found, s), '']
     if costs: text += ['## What it cost', '', '```', text_table(costs), '```', '']
     (out/'result.md').write_text('\n'.join(text))
@@ -682,7 +729,7 @@ def stage(
     s = StageConfig(**{f.name: getattr(cfg, f.name) for f in fields(StageConfig) if hasattr(cfg, f.name) and f.name not in ('steps', 'target')})
     if not s.name: s = replace(s, name=Path(cfg.data).stem if Path(cfg.data).is_file() else Path(cfg.data).name)
     with Team(cfg.train) as team: p = do_stage(cfg, StageData(s), before, Path(cfg.run) if cfg.run else to.with_name(f'{to.name}_run'), to, cfg.planned, team)
-    team.say(p.facts['patient_data_words'])
+    team.say(p.facts['patient_data_words']); team.say(f'nothing was scored: where the data of several stages lie, medssl continual run with start: PACKET scores its own stages')
     return dict(out=to, packet=p)
 
 @dataclass

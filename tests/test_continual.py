@@ -263,6 +263,76 @@ def test_killed_in_the_second_stage_equals_unbroken(root):
     assert row("unbroken") == row("killed")
 
 
+SHAPES = dict(pcrlv2=dict(net="plain", widths=(4, 8, 8), region=(32, 32), size=(32, 32), local_size=(16, 16)), brainmvp=dict(region=(32, 32)), taco=dict(region=(32, 32)))
+
+
+@pytest.fixture(scope="module")
+def sequences(tmp_path_factory):
+    "Three sites with other sequences of the same kind of picture."
+    from medssl_nb.data.cases import write_case, write_index
+
+    root = tmp_path_factory.mktemp("sequences")
+    for name, channels in dict(a=("t1", "t2"), b=("t1", "t1c", "t2", "flair"), c=("t1c", "flair"), d=("t1", "flair")).items():
+        rng = np.random.default_rng(0)
+        for i in range(6):
+            x = rng.random((len(channels), 1, 32, 32)).astype(np.float32) * 0.1 + 0.2 * (1 + np.array([("t1", "t1c", "t2", "flair").index(c) for c in channels]))[:, None, None, None]
+            x[..., :4, :] = 0
+            row = dict(case=f"{name}-{i}", subject=f"{name}-s{i}", session="", group="", split="test" if i < 2 else "train", dims=2, channels=list(channels), spacing=[1.0, 1.0, 1.0], labels={}, fingerprint=str(i))
+            write_case(root / name, row, x, info=dict(intensity={}))
+        write_index(root / name)
+    return root
+
+
+def two_sites(root, method, strategy, stages, settings=None, out="out"):
+    from medssl_nb.continual import ContinualConfig, ScoreConfig, StageConfig, common, run
+
+    base = common(method, "small2d", strategy)
+    base["task"] = replace(base["task"], **SHAPES[method])
+    base["settings"] = replace(base["settings"], **(settings or {}))
+    base["train"] = replace(base["train"], batch=2, workers=0, bar=False, tensorboard=False, device="cpu", save_every=0)
+    plan = ContinualConfig(**{**base, "steps": 3, "stages": tuple(StageConfig(s, root / s) for s in stages), "out": root / out, "score": ScoreConfig(scores=("own", "refit", "cka"), cases=3, refit_steps=1)})
+    return run(plan)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", SHAPES)
+def test_each_method_with_old_cases_of_other_sequences(sequences, method):
+    "Packet and scores of two stages, the second with more sequences than the first."
+    got = two_sites(sequences, method, "medcoss", "ab", dict(share=0.5, centres=0.25, ratio=0.5), out=method)
+    assert [s["channels"] for s in got["packet"].stages] == [["t1", "t2"], ["t1", "t1c", "t2", "flair"]] and set(got["packet"].replay()) == {"a", "b"}
+    assert {(r["after"], r["stage"]) for r in got["rows"] if r["score"] == "own"} == {(1, 1), (2, 1), (2, 2)} and all(np.isfinite(r["value"]) for r in got["rows"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_templates_and_old_cases_meet_by_name(sequences):
+    "BrainMVP has a template for each sequence: an old T2 trains the template of T2, wherever that lies; what cannot meet is refused before the first step."
+    from medssl_nb.continual import ContinualConfig, Scene, StageConfig, StageData, common, old_fit
+    from medssl_nb.core import UserError
+    from medssl_nb.data.cases import read_batch
+    from medssl_nb.packet import Packet
+
+    for strategy, settings in dict(er=dict(share=0.5, ratio=0.5), derpp=dict(share=0.5), joint={}).items():
+        got = two_sites(sequences, "brainmvp", strategy, "ab", settings, out=f"met_{strategy}")
+        assert {(r["after"], r["stage"]) for r in got["rows"] if r["score"] == "own"} >= {(2, 1), (2, 2)}, strategy
+    for stages, strategy, says in (("ac", "er", "show t1, t2, and this stage has places for t1c, flair"), ("ad", "derpp", "have answers to t1, t2, and this stage has no place for t2")):
+        with pytest.raises(UserError, match=says):
+            two_sites(sequences, "brainmvp", strategy, stages, dict(share=0.5), out=f"not_{strategy}")
+        assert not list((sequences / f"not_{strategy}").glob("stages/02*"))
+    before = Packet(sequences / "met_er" / "packets" / "01_a")
+    base = common("brainmvp", "small2d", "er")
+    for stage, real in dict(b=["t1", "t2"], d=["t1"]).items():  # equal numbers of sequences, too
+        cfg = ContinualConfig(**{**base, "steps": 3, "differ": True, "task": replace(base["task"], **SHAPES["brainmvp"])})
+        scene = Scene(cfg, StageData(StageConfig(stage, sequences / stage)), before, 2)
+        batch, names = read_batch(scene.old["a"], [(0, 0), (1, 0)]), scene.task.channels
+        for i, c in enumerate(names):
+            level = batch["image"][:, i, 8:].mean().item()
+            assert batch["present"][:, i].tolist() == [c in real] * 2 and abs(level - (0.2 * (1 + ["t1", "t1c", "t2", "flair"].index(c)) + 0.05 if c in real else 0)) < 0.03, (stage, c, level)
+    with pytest.raises(UserError, match=r"are as large as \(32, 32\), and the atlas of this stage is \(16, 16\)"):
+        from medssl_nb.continual import old_fit
+
+        old_fit(type("T", (), dict(channels=("t1", "t2"), cfg=type("C", (), dict(atlas=(16, 16)))()))(), scene.strategy, before.stages[0], scene.old["a"].rows)
+
+
 @dataclass
 class PlainConfig:
     "A task that draws nothing."
