@@ -152,6 +152,31 @@ def test_no_patient_is_named_in_the_vocabulary(root):
     assert code == 0 and said in out and said in (p.path / "README.md").read_text()
 
 
+def test_a_tokenizer_from_elsewhere(root):
+    "Named in the plan by its file; what travels is the words and a digest, not the path."
+    from medssl_nb.data.text import train_tokenizer, unpack_tokenizer
+    from medssl_nb.packet import Packet
+
+    (root / "words").mkdir()
+    tok = train_tokenizer([" ".join(WORDS)] * 3, 150)
+    (root / "words" / "tokenizer.json").write_text(tok.to_json())
+    score = dict(scores=[])
+    code, out, err = medssl("continual", "run", plan(root, root / "given", stages=("report",), strategy="sequential", settings={}, task=dict(TASK, tokenizer=str(root / "words")), name="given.yaml", score=score, steps=2))
+    assert code == 0, err
+    p = Packet(root / "given" / "packets" / "01_report")
+    assert unpack_tokenizer(p.model()["encoder.words"]) == tok and str(root) not in (p.path / "packet.json").read_text()
+    name = p.settings["task"]["tokenizer"]
+    assert name.startswith("sha256:") and f"was not learnt from these reports: {name}" in (p.path / "README.md").read_text()
+    code, out, err = medssl("continual", "stage", "--from", p.path, "--data", root / "xr", "--to", root / "given_next", "--steps", "2", "--train.workers", "0")
+    assert code == 0 and "nothing was scored" in out, err
+    code, out, err = medssl("continual", "run", plan(root, root / "pictures", stages=("xr",), strategy="sequential", settings={}, task=dict(TASK, tokenizer=str(root / "words")), name="given.yaml", score=score, steps=2))
+    late = ["continual", "stage", "--from", root / "pictures" / "packets" / "01_xr", "--data", root / "report", "--to", root / "late", "--steps", "2", "--train.workers", "0"]
+    refused(*late, says=["reads with a tokenizer of its own", "--task.tokenizer tokenizer.json"])
+    code, out, err = medssl(*late, "--task.tokenizer", root / "words")
+    assert code == 0 and Packet(root / "late").stages[-1]["words"]["from"] == name, err
+    refused("continual", "run", plan(root, root / "no_words", stages=("report",), task=dict(TASK, tokenizer=str(root / "xr")), name="given.yaml"), says="no tokenizer at")
+
+
 def test_a_packet_that_was_touched_is_refused(journey, root):
     source = journey / "packets" / "02_xr"
 
@@ -396,7 +421,7 @@ def make_plain():
     return torch
 
 
-TWO = dict(er=dict(share=0.5, ratio=0.4), medcoss=dict(share=0.5, centres=0.2, ratio=0.4, mixup=False), derpp=dict(share=0.5), cassle=dict(hidden=16), ewc=dict(samples=6, lam=1.0), packnet={}, joint={}, fsdp=dict(share=0.5, centres=0.2, ratio=0.4, mixup=False),
+TWO = dict(sequential={}, lwf={}, er=dict(share=0.5, ratio=0.4), medcoss=dict(share=0.5, centres=0.2, ratio=0.4, mixup=False), derpp=dict(share=0.5), cassle=dict(hidden=16), ewc=dict(samples=6, lam=1.0), packnet={}, joint={}, fsdp=dict(share=0.5, centres=0.2, ratio=0.4, mixup=False),
            invcoss=dict(share=0.5, centres=0.2, ratio=0.4, mixup=False, few=True))  # the last for test_invcoss
 
 
@@ -438,10 +463,59 @@ def test_two_processes_equal_one(root):
             assert any((x[k] - start[k]).abs().max() > 1e-3 for k in x), "nothing was learnt: the comparison says nothing"
 
 
+def families(root, out):
+    "Reports, pictures, volumes: two steps each by one network, every process on its own cases. After each step all processes must hold the same weights."
+    import torch
+    import torch.distributed as dist
+
+    from medssl_nb.config import cli
+    from medssl_nb.continual import plan_settings, run
+    from medssl_nb.strategies import ContinualTask
+
+    real, idle = ContinualTask.after_step, ContinualTask.before_step
+    seen = []
+
+    def before(self, step):
+        idle(self, step)
+        gone = torch.tensor([p.grad is None for p in self.task.parameters()]).double()
+        compare(self, step, "what has no gradient", gone)
+        seen.append(int(gone.sum()))
+
+    def after(self, step):
+        real(self, step)
+        compare(self, step, "weights", torch.stack([p.detach().double().sum() for p in self.task.parameters()]))
+
+    def compare(task, step, what, mine):
+        if dist.is_initialized():
+            both = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+            dist.all_gather(both, mine)
+            odd = (both[0] != both[1]).nonzero()[:, 0].tolist()
+            assert not odd, f"{what}: the processes differ at step {step} in {[n for n, _ in task.task.named_parameters()][odd[0]]}"
+
+    ContinualTask.before_step, ContinualTask.after_step = before, after
+    run(cli(*plan_settings(["--config", str(root / "families.yaml"), "--out", str(out)])))
+    assert len(set(seen)) > 1 and min(seen) > 0, seen  # each family leaves other parts untouched
+    print(f"agreed {len(seen)}")
+
+
+def test_two_processes_agree_on_what_no_family_reached(root):
+    plan(root, root / "families", stages=("report", "xr", "ct"), settings=dict(share=0.5, centres=0.2, ratio=0.4), name="families.yaml", steps=2, train=dict(LOOP, batch=2, optimizer="adamw", save_every=0), score=dict(scores=[]))
+    out = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, "families", str(root)], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert out.returncode == 0, out.stderr[-4000:]
+    rows = [[json.loads(r) for r in open(f)] for f in sorted((root / "families" / "stages").glob("*/history.jsonl"))]
+    assert [sum(1 - r["old"] for r in rs) for rs in rows] == [2, 2, 2] and sum(r["old"] for rs in rows for r in rs) >= 2
+    assert out.stdout.count(f"agreed {sum(map(len, rows))}") == 2 and out.stdout.count("4 cases a step over 2 processes") == 3
+    from medssl_nb.packet import Packet
+
+    assert [s["kind"] for s in Packet(root / "families" / "packets" / "03_ct").stages] == ["text", "2d", "3d"]
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE))
     if sys.argv[1] == "nursery":
         nursery(sys.argv[2], int(sys.argv[3]))
+    elif sys.argv[1] == "families":
+        families(Path(sys.argv[2]), Path(sys.argv[2]) / "families")
     else:
         sys.modules["test_continual"] = sys.modules["__main__"]
         two_plans(Path(sys.argv[2]), Path(sys.argv[2]) / "two_processes", 4, sys.argv[3:])
