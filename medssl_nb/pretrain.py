@@ -167,9 +167,11 @@ def pretrain(
 def leave_statistics(task, cases, run:Path, how:TrainConfig, running=None, lead:bool=True):
     "What an inversion will need, in the run; every process takes part."
     if how.strategy == 'fsdp' and how.devices*how.nodes > 1: raise UserError('statistics of divided weights', 'ddp, or a single process', f'the run is finished; record them afterwards: medssl statistics {run.name} --data PREPARED')
-    if running is not None and not running.k: print('no step was trained, so there are no running averages: statistics of a calibration pass instead'); running = None
+    if running is not None and (why := running.lack()):
+        if lead: print(f'{why}, so there are no running averages: statistics of a calibration pass instead')
+        running = None
     stats = calibrate(task, cases, seed=how.seed, workers=how.workers, running=running, stage=run.name)
-    if lead: print(f'statistics of {len(stats.sites)} sites from {stats.info["cases"]} cases of {stats.info["subjects"]} subjects in {save_statistics(stats, run/"statistics"/run.name).parent}')
+    if lead: print(f'statistics of {len(stats.sites)} sites from {stats.info["cases"]} cases of {stats.info["subjects"]} subjects{"" if running is None else f", averages of {running.k} steps,"} in {save_statistics(stats, run/"statistics"/run.name).parent}')
 
 def input_of(task)->str|None:
     "The input normalisation, as the settings say it, or the task where there is no choice: without it nobody could fine-tune the encoder."

@@ -109,6 +109,15 @@ def nce(rank, world=2):
     return dict(loss=loss.item(), f=f.grad.tolist(), g=g.grad.tolist(), w=w.grad.tolist())
 
 
+def averages(task, go):
+    "Running averages of the last three of four steps while something trains: site -> (means, variances)."
+    from medssl_nb.losses.statistics import Running
+
+    with Running(task, 0.3, after=0.25) as r:
+        go()
+    return dict(steps=r.k, sites={n: [v.tolist() for v in both] for n, both in r.moments().items()})
+
+
 def main(root):
     "What each process runs: train, compare weights, resume, and stop together on one bad batch."
     import hashlib
@@ -126,8 +135,11 @@ def main(root):
     digest = lambda t: hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in t.parameters())).hexdigest()
 
     t = task(seed=rank, plain=True)  # different weights to begin with: they must not stay different
-    train(t, data, settings(batch=2), root / "two", method="tiny")
+    said["running"] = averages(t, lambda: train(t, data, settings(batch=2), root / "two", method="tiny"))
     said["weights"] = digest(t)
+
+    t = task(seed=0)  # its batch norm is another layer as soon as it is shared
+    said["shared"] = averages(t, lambda: train(t, data, settings(batch=2, sync_batchnorm=True), root / "shared", method="tiny"))
 
     class Bad:  # the second process meets a NaN at step 3
         def loader(self, **k):
@@ -207,6 +219,31 @@ def test_two_processes_equal_one_with_twice_the_batch(root, tmp_path):
     for k in a:
         assert torch.allclose(a[k], b[k], atol=1e-6), k
     assert any((a[k] - start[k]).abs().max() > 1e-3 for k in a), "nothing was learnt: the comparison says nothing"
+
+
+def test_running_statistics_of_two_processes_are_those_of_one(root, tmp_path):
+    "With twice the batch, and with twice the micro-batches; what a process sees is not what both see."
+    import numpy as np
+    from test_resume import cases, task
+
+    from medssl_nb.train.checkpoint import latest, read_tensors
+    from medssl_nb.train.trainer import train
+
+    two = said(root, 0)["running"]
+    assert two == said(root, 1)["running"] and two["steps"] == 3 and sorted(two["sites"]) == ["net.1", "output"]
+    for name, k in (("batch", dict(batch=4)), ("micros", dict(batch=2))):
+        t = task(seed=0, plain=True)
+        how = settings(**k)
+        how.accum = 4 // k["batch"]
+        one = averages(t, lambda t=t, how=how, name=name: train(t, cases(root / "data"), how, tmp_path / name, method="tiny"))
+        assert one["steps"] == 3 and one["sites"].keys() == two["sites"].keys()
+        for site, both in one["sites"].items():
+            for a, b in zip(both, two["sites"][site], strict=True):
+                np.testing.assert_allclose(b, a, rtol=1e-6, atol=1e-6)
+    kept = read_tensors(latest(root / "two") / "running.safetensors")  # the first process keeps what is everybody's
+    weight = 1 - 0.7**3
+    np.testing.assert_allclose(kept["var::net.1"] / weight, two["sites"]["net.1"][1], rtol=1e-12)
+    assert sorted(said(root, 0)["shared"]["sites"]) == ["net.1", "output"] and said(root, 0)["shared"] == said(root, 1)["shared"]
 
 
 def test_one_bad_batch_stops_both_before_a_weight_moves(root):

@@ -1,4 +1,4 @@
-"""A run that is killed with SIGKILL at random moments ends as the run that never was: the same bytes of weights and optimiser, the same rows.
+"""A run that is killed with SIGKILL at random moments ends as the run that never was: the same bytes of weights and optimiser, the same rows, the same running statistics.
 
 The lives are forks of one helper process that has imported everything, so that a dozen deaths cost seconds.
 """
@@ -108,9 +108,12 @@ def life(data, run, workers, seed):
     if pid:
         return pid
     try:
+        from medssl_nb.losses.statistics import Running
         from medssl_nb.train.trainer import train
 
-        train(task(seed), cases(data), settings(workers=workers), run, method="tiny")
+        t = task(seed)
+        with Running(t, after=0.1):
+            train(t, cases(data), settings(workers=workers), run, method="tiny")
         os._exit(0)
     except BaseException:
         import traceback
@@ -124,7 +127,8 @@ def nursery(root, seed, kills):
     import torch
 
     import lightning.fabric  # noqa: F401
-    from medssl_nb.train.checkpoint import latest
+    import medssl_nb.losses.statistics  # noqa: F401
+    from medssl_nb.train.checkpoint import latest, read_tensors
 
     torch.set_num_threads(1)
     root, dice, deaths = Path(root), random.Random(seed), []
@@ -157,7 +161,8 @@ def nursery(root, seed, kills):
         assert status == 0, f"life {n} ended with {status}"
         if json.loads(open(history).readlines()[-1])["step"] == STEPS:
             break
-    print(json.dumps(dict(deaths=deaths, same=result(root / "unbroken") == result(run), lives=n)))
+    averaged, first, wanted = read_tensors(latest(run) / "running.safetensors")["counts"].tolist()
+    print(json.dumps(dict(deaths=deaths, same=result(root / "unbroken") == result(run), lives=n, averaged=averaged, whole=first == wanted)))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -167,6 +172,7 @@ def test_killed_run_equals_unbroken_run(tmp_path, seed):
     said = json.loads(out.stdout.strip().splitlines()[-1])
     assert len(said["deaths"]) >= 3 and said["deaths"][-1][0] > 0, said
     assert said["same"], said
+    assert any(start > 0.1 * STEPS for start, _ in said["deaths"]) and (said["averaged"], said["whole"]) == (STEPS - 6, True), said
     left = {p.name for p in (tmp_path / "killed" / "checkpoints").iterdir()}
     assert left == {f"step_{STEPS - 5:08d}", f"step_{STEPS:08d}"}, left
 

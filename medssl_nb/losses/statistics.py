@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OUTPUT', 'NORMS', 'STILL', 'moments', 'pooled', 'Sums', 'sites', 'last', 'end', 'Watch', 'site_terms',
            'statistics_loss', 'lent', 'model_hash', 'readout', 'Statistics', 'save_statistics', 'load_statistics',
-           'alone', 'total', 'together', 'merged', 'Running', 'no_text', 'InTurn', 'batches_of', 'record', 'calibrate']
+           'alone', 'total', 'together', 'merged', 'of_all', 'Running', 'no_text', 'InTurn', 'batches_of', 'record',
+           'calibrate']
 
 # %% ../../nbs/35_losses.statistics.ipynb #9b635e4d
 import hashlib
@@ -100,13 +101,15 @@ class Watch:
         encoder:nn.Module,
         dtype=None,       # to compute in; float64 for recording
         when=lambda: True,  # asked at each call: does this one count?
+        still:bool=False, # True: no gradient of the summaries is kept
     ):
-        self.encoder,self.dtype,self.when,self.sites = encoder,dtype,when,sites(encoder)
+        self.encoder,self.dtype,self.when,self.still,self.sites,self.hooks = encoder,dtype,when,still,sites(encoder),[]
         self.clear()
     def clear(self): self.parts = {}
     def note(self, name, a, axis):
-        if self.when(): self.parts.setdefault(name, []).append(moments(a, axis, self.dtype))
+        if self.when(): self.parts.setdefault(name, []).append(moments(a.detach() if self.still else a, axis, self.dtype))
     def __enter__(self):
+        self.sites = sites(self.encoder)        # as they are now: a trainer may have put shared batch norms in their place
         self.hooks = [m.register_forward_pre_hook(lambda mod, args, n=n, ax=ax: self.note(n, args[0], ax)) for n,(m,ax) in self.sites.items()]
         self.hooks.append(end(self.encoder).register_forward_hook(lambda mod, args, out: self.note(OUTPUT, *last(out))))
         return self
@@ -252,6 +255,7 @@ def together(t:Tensor)->Tensor:
     if d is None: return t
     where = 'cuda' if d.get_backend() == 'nccl' else 'cpu'
     n = torch.zeros(d.get_world_size(), dtype=torch.int64); n[d.get_rank()] = len(t); n = total(n)
+    if not int(n.max()): return t
     mine = torch.zeros(int(n.max()), dtype=t.dtype); mine[:len(t)] = t
     parts = [torch.zeros_like(mine, device=where) for _ in n]; d.all_gather(parts, mine.to(where))
     return torch.cat([p.cpu()[:int(k)] for p,k in zip(parts, n)])
@@ -268,6 +272,22 @@ def merged(
         out[name] = Sums().merge(n, batches, mean, m2, total(s.within))
     return {n: out[n] for n in sums}
 
+# %% ../../nbs/35_losses.statistics.ipynb #7d0e5a51
+def of_all(
+    seen:dict,   # site -> (rows, mean, var), of this process
+    names:list,  # of all sites, the same in every process
+)->dict:         # the same in double precision, of the rows of all processes
+    "What the sites of all processes saw, each in one piece."
+    if seen:     # one way from the device for all of them
+        flat = torch.cat([t.detach() for _,*mv in seen.values() for t in mv]).cpu().double(); at = iter(flat.split([len(t) for _,*mv in seen.values() for t in mv]))
+        seen = {n: (p[0], next(at), next(at)) for n,p in seen.items()}
+    if _dist() is None: return seen
+    row = torch.cat([torch.zeros(0).double(), *(torch.cat([torch.tensor([names.index(n), k, len(m)]).double(), m, v]) for n,(k,m,v) in seen.items())])
+    row,parts = together(row),{}
+    while len(row):
+        i,k,c = row[:3].long().tolist(); parts.setdefault(names[i], []).append((k, *row[3:3+2*c].split(c))); row = row[3+2*c:]
+    return {n: pooled(parts[n]) for n in names if n in parts}
+
 # %% ../../nbs/35_losses.statistics.ipynb #ca89644e
 class Running:
     "While it is entered, the training of a task leaves running averages of its statistics."
@@ -277,33 +297,57 @@ class Running:
         accept=lambda batch: torch.is_tensor(batch.get('image')) and not batch.get('old', False),  # which batches count
     ):
         if not 0 < momentum <= 1: raise UserError(f'momentum is {momentum}', 'a number in (0, 1]')
-        self.task,self.m,self.after,self.accept,self.k,self.mean,self.var,self.on,self.step = task,momentum,after,accept,0,{},{},False,None
-        self.watch = Watch(task.encoder, when=lambda: self.on and task.training)
+        self.task,self.m,self.after,self.accept,self.k,self.mean,self.var = task,momentum,after,accept,0,{},{}
+        self.on,self.due,self.begun,self.came,self.step,self.first,self.wanted = *[False]*4,None,-1,-1
+        self.watch = Watch(task.encoder, when=lambda: self.on and task.training, still=True)
     def __enter__(self):
-        views,self.had = self.task.views,vars(self.task).get('views')
+        task = self.task; self.had = {n: vars(task).get(n) for n in ('views', 'after_step', 'beside')}; views,after = task.views,getattr(task, 'after_step', None)
         def look(batch, gen):
-            self.on = batch.get('progress', 1.) >= self.after and self.accept(batch)
             if batch.get('step') != self.step: self.update(); self.step = batch.get('step')
+            if not self.begun: self.begin(batch)
+            self.on = batch.get('progress', 1.) >= self.after and self.accept(batch)
+            self.due = self.due or task.training and batch.get('progress', 1.) >= self.after         # the same in every process, whatever each accepts
+            if self.due and not self.came: self.comes(batch)
             return views(batch, gen)
-        self.task.views = look; self.watch.__enter__()
+        def done(step): after(step); self.update()
+        task.views,task.beside = look,{**getattr(task, 'beside', {}), 'running': self}
+        if after is not None: task.after_step = done
         return self
-    def __exit__(self, *_):
-        self.update(); self.watch.__exit__(); self.on = False
-        if self.had is None: del self.task.views
-        else: self.task.views = self.had
+    def __exit__(self, kind=None, *_):
+        if kind is None: self.update()                   # after an error the other processes may not come
+        self.watch.__exit__(); self.on = False
+        for n,f in self.had.items(): vars(self.task).pop(n, None); vars(self.task).update({} if f is None else {n: f})
+    def begin(self, batch):
+        "The first step of this life: hooks on the layers as they are now."
+        self.begun = True; self.watch.__enter__()
+        if batch.get('progress', 1.) < self.after: self.restore({})     # the end is still ahead: what was kept is another one's, of a shorter training
+    def comes(self, batch):
+        "The first step of this life that counts: with which should they have begun?"
+        self.came,t,p = True,batch.get('step') or 0,batch.get('progress'); self.first = t if self.first < 0 else self.first
+        self.wanted = next(s for s in range(t+1) if s/round(t/p) >= self.after) if t and p else t
     @torch.no_grad()
     def update(self):
-        "One step is over: its summaries enter the averages."
-        seen = self.watch.seen(); self.watch.clear()
-        if not seen: return
-        self.k += 1
-        for n,(_,mean,var) in seen.items():
-            for E,x in ((self.mean, mean), (self.var, var)): E[n] = E.get(n, 0.)*(1 - self.m) + self.m*x.detach().cpu().double()
+        "One step is over, in every process: its summaries enter the averages."
+        if not self.due: return
+        self.due,seen = False,of_all(self.watch.seen(), [*self.watch.sites, OUTPUT]); self.watch.clear()
+        self.k += bool(seen)
+        for n,(_,*both) in seen.items():
+            for E,x in zip((self.mean, self.var), both): E[n] = E.get(n, 0.)*(1 - self.m) + self.m*x
     def moments(self)->dict:   # site -> (mean, var), bias-corrected
-        "The averages so far; over processes their mean."
+        "The averages so far."
         if not self.k: raise UserError('no training step was recorded', f'steps beyond {self.after:.0%} of the stage, with images', 'a smaller `after`, or calibrate instead')
-        c = 1 - (1 - self.m)**self.k; world = _dist().get_world_size() if _dist() else 1
-        return {n: (total(self.mean[n])/c/world, total(self.var[n])/c/world) for n in self.mean}
+        c = 1 - (1 - self.m)**self.k
+        return {n: (self.mean[n]/c, self.var[n]/c) for n in self.mean}
+    def lack(self)->str:
+        "Why these are not averages of the whole last share; nothing where they are."
+        return 'no step was trained' if not self.k else f'the averages began with step {self.first+1} and not with step {self.wanted+1}' if self.wanted != self.first else ''
+    def state(self)->dict:     # tensors, for a checkpoint
+        self.update()
+        return {} if self.first < 0 else {'counts': torch.tensor([self.k, self.first, self.wanted]), **{f'{w}::{n}': t for w,E in (('mean', self.mean), ('var', self.var)) for n,t in E.items()}}
+    def restore(self, tensors:dict):
+        "Continue from what `state` gave; from nothing where it gave nothing."
+        self.k,self.first,self.wanted = tensors['counts'].tolist() if tensors else (0, -1, -1)
+        self.mean,self.var = ({k.split('::', 1)[1]: t for k,t in tensors.items() if k.startswith(w + '::')} for w in ('mean', 'var'))
 
 # %% ../../nbs/35_losses.statistics.ipynb #970acb2e
 def no_text(batch, what='statistics'):
@@ -406,7 +450,7 @@ def calibrate(
     form,sample = list(got['form']),torch.stack(got['sample'])
     named = list(channels or getattr(cases, 'channels', None) or getattr(task, 'channels', None) or [])
     spacing = np.mean(got['spacing'], 0).tolist() if got['spacing'] else [1.]*(len(form)-1)
-    stats.info = dict(stage=stage, mode='running' if running else 'calibration', **people, batch=got['batch'], batches=next(iter(sums.values())).batches, rows={n: s.n for n,s in sums.items()},
+    stats.info = dict(stage=stage, mode='running' if running else 'calibration', **(dict(steps=running.k) if running else {}), **people, batch=got['batch'], batches=next(iter(sums.values())).batches, rows={n: s.n for n,s in sums.items()},
         image=form, channels=named, spacing=spacing, lo=lo, hi=hi, loss_task=avg([sum(t.values()) for t in got['losses']]), terms={k: avg([t[k] for t in got['losses']]) for k in got['losses'][0]},
         loss_norm=norm, vendi2=vendi2(sample), vendi2_cases=len(sample), method=getattr(task, 'method', type(task).__name__), encoder=model_hash(task.encoder), model=model_hash(task), torch=str(torch.__version__))
     return stats

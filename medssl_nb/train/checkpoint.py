@@ -136,11 +136,13 @@ def save_checkpoint(
     spec = getattr(getattr(task, 'encoder', None), 'spec', None)
     state = dict(format=FORMAT, method=method_of(task, meta.pop('method', '')), step=step, encoder=spec() if spec else None, optimizer=plain, versions=versions())
     if clash := sorted(meta.keys() & {*state, 'files', 'sha256'}): raise UserError(f'meta holds {clash}', 'other names: these are ours')
+    beside = {n: t for n,w in getattr(task, 'beside', {}).items() if (t := w.state())}
     before = latest(dir)
     todo = (f'{before.name} is whole' if before else 'no earlier checkpoint exists') + '; free some space and run the same command again: it continues'
-    with disk_errors(path.parent, f'checkpoint {path.name}', _bytes(task_state(task)) + _bytes(tensors), todo), atomic_dir(path) as tmp:
+    with disk_errors(path.parent, f'checkpoint {path.name}', sum(map(_bytes, (task_state(task), tensors, *beside.values()))), todo), atomic_dir(path) as tmp:
         save_file(_still(task_state(task)), tmp/'model.safetensors')
         save_file(_still(tensors), tmp/'optimizer.safetensors')
+        for n,t in beside.items(): save_file(_still(t), tmp/f'{n}.safetensors')
         state.update(meta, files={f.name: sha256_file(f) for f in sorted(tmp.iterdir())})
         state = json.loads(json.dumps(state, allow_nan=False))          # as it will be read: tuples are lists
         write_json(tmp/'state.json', {**state, 'sha256': _digest(state)})
@@ -261,6 +263,7 @@ def load_checkpoint(
         if state['optimizer'] is None: raise UserError(f'{path.name} holds no optimiser', 'one saved for continuing')
         try: unpack_optimizer(opt, task, read_tensors(path/'optimizer.safetensors'), state['optimizer'])
         except (KeyError, TypeError, AttributeError, IndexError) as e: raise UserError(f'the optimiser state of {path.name} makes no sense ({type(e).__name__}: {e})', 'what `save_checkpoint` writes') from None
+    for n,w in getattr(task, 'beside', {}).items(): w.restore(read_tensors(path/f'{n}.safetensors') if f'{n}.safetensors' in state['files'] else {})
     return state
 
 # %% ../../nbs/51_train.checkpoint.ipynb #9d66f9a5
