@@ -160,7 +160,7 @@ def pretrain(
         print(f'{Path(cfg.out).name} has all its {done} steps: nothing is trained, the encoder is written again' if done == cfg.train.steps else f'{Path(cfg.out).name} continues from step {done}')
     with Running(task, after=min(1 - 10/300, 1 - 1.5/cfg.train.steps)) if cfg.statistics == 'running' else nullcontext() as running: history = train(task, cases, cfg.train, cfg.out, method=cfg.method, card=card, resume=cfg.resume, config=cfg)
     lead = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    if hasattr(task, 'export') and lead and len(history) == cfg.train.steps: task.export(Path(cfg.out), rows)
+    if hasattr(task, 'export') and lead and len(history) == cfg.train.steps: task.export(Path(cfg.out), rows, prepared.info)
     if cfg.statistics != 'none' and len(history) == cfg.train.steps: leave_statistics(task, cases, Path(cfg.out), cfg.train, running, lead)
     return dict(out=Path(cfg.out), history=history, task=task)
 

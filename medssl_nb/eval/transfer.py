@@ -29,7 +29,7 @@ from ..data.cases import Cases, Prepared, class_list, check_disjoint, collate, s
 from .metrics import auc, balanced_accuracy, bootstrap, crossed_interval, dice, macro_auc, paired_test, segment_scores
 from ..losses.segment import class_weights
 from ..nets.registry import build_encoder
-from ..tasks.brainmvp import load_templates
+from ..tasks.brainmvp import check_spacing, load_templates, template_spacing
 from ..tasks.missing import EDITIONS, ClassifyMissing, MissingConfig, SegmentMissing, brats, in_order, predict_class_missing, predict_missing, subsets
 from ..tasks.supervised import NORMS, AugmentConfig, Classify, ClassifyConfig, Segment, SegmentConfig, card_norm, evaluating, groups_of, input_norm, predict, predict_class, to_labels
 from ..train.checkpoint import load_encoder, load_into, own, remove_dir
@@ -320,7 +320,7 @@ def resolve(cfg)->Bench:
         if cfg.decoder != 'skip': raise UserError(f'missing={cfg.missing} with decoder={cfg.decoder}', 'skip')
         if not 0 <= cfg.replace <= 1: raise UserError(f'replace is {cfg.replace}', 'a probability')
         if cfg.missing == 'template' and cfg.templates is None: raise UserError('missing=template without templates', 'a folder', '--templates runs/NAME/templates of a run of brainmvp, or --missing zero')
-        if cfg.missing == 'template': in_order(*load_templates(cfg.templates), channels)
+        if cfg.missing == 'template': in_order(*load_templates(cfg.templates), channels); check_spacing(rows, dims, template_spacing(cfg.templates))
     elif getattr(cfg, 'templates', None): raise UserError('templates are given and not used', '--missing template')
     if getattr(cfg, 'subsets', False) and len(channels) < 2: raise UserError(f'subsets of the single sequence {", ".join(channels)}', 'at least two', 'leave --subsets out, or choose --channels')
     arms = load_arms(cfg, len(channels), dims)
