@@ -648,11 +648,6 @@ def run(
     check_plan(cfg)
     with Team(cfg.train) as team: return all_stages(cfg, team)
 
-def keep_plan(cfg:ContinualConfig, out:Path):
-    "The plan as it was filled in, but for its folders."
-    plan = to_dict(cfg) | dict(out=None, start=None); plan['stages'] = [s | dict(data=None, pool=None) for s in plan['stages']]
-    out.mkdir(parents=True, exist_ok=True); save_yaml(plan, out/'plan.yaml', 'medssl continual run; the folders of the stages are not kept: their names can be names of patients')
-
 def look_back(cfg:ContinualConfig, datas:list, places:list, start, planned:int, world:int)->list:
     "Packets of this plan that are there, and whether the stage after them, if it was interrupted, was this one; asked before anything is written."
     done,before,joint = [],start,cfg.strategy == 'joint'
@@ -739,7 +734,7 @@ def stage(
     s = StageConfig(**{f.name: getattr(cfg, f.name) for f in fields(StageConfig) if hasattr(cfg, f.name) and f.name not in ('steps', 'target')})
     if not s.name: s = replace(s, name=Path(cfg.data).stem if Path(cfg.data).is_file() else Path(cfg.data).name)
     with Team(cfg.train) as team: p = do_stage(cfg, StageData(s), before, Path(cfg.run) if cfg.run else to.with_name(f'{to.name}_run'), to, cfg.planned, team)
-    team.say(p.facts['patient_data_words']); team.say(f'nothing was scored: where the data of several stages lie, medssl continual run with start: PACKET scores its own stages')
+    team.say(p.facts['patient_data_words']); team.say('nothing was scored: where the data of several stages lie, medssl continual run with start: PACKET scores its own stages')
     return dict(out=to, packet=p)
 
 @dataclass
