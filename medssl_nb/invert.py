@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['InvertConfig', 'check_invert', 'made_batch', 'inversion_terms', 'floors', 'weigh', 'Codes', 'Inverter', 'blocks_of',
            'steps_of', 'rate', 'room', 'check_room', 'check_model', 'try_batch', 'invert_step', 'write_images',
-           'save_codes', 'render_pool', 'Inversion', 'peak_bytes', 'invert', 'finished', 'Run', 'open_model',
+           'save_codes', 'render_pool', 'resident', 'Memory', 'Inversion', 'invert', 'finished', 'Run', 'open_model',
            'inner_task', 'StatisticsConfig', 'stage_region', 'statistics', 'InvertCommand', 'share_of',
            'invert_command', 'RenderConfig', 'render']
 
@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import sys
+import threading
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -301,6 +302,33 @@ def render_pool(
     if prov.is_file(): shutil.copyfile(prov, Path(out)/'provenance.json')
     return Path(out)
 
+# %% ../nbs/70_invert.ipynb #7d0e7041
+def resident()->int|None:
+    "Bytes of main memory that this process occupies now; None where the system does not say."
+    try: return int(Path('/proc/self/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')
+    except (OSError, ValueError, IndexError): return None
+
+class Memory:
+    "The most memory in use while it is entered: of a GPU by tensors, else resident in this process."
+    def __init__(self, device, every:float=.02):
+        self.device,self.every,self.bytes,self.over,self.thread = torch.device(device),every,0,threading.Event(),None
+        self.gpu = self.device.type == 'cuda'; self.of = 'inversion' if self.gpu or resident() is not None else 'process'      # whose peak this will be
+    def look(self):
+        if self.of == 'process':
+            import resource
+            now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
+        else: now = torch.cuda.max_memory_allocated(self.device) if self.gpu else resident() or 0
+        self.bytes = max(self.bytes, now); return self.bytes
+    def watch(self):
+        while not self.over.wait(self.every): self.look()
+    def __enter__(self):
+        if self.gpu: torch.cuda.reset_peak_memory_stats(self.device)
+        elif self.of == 'inversion': self.thread = threading.Thread(target=self.watch, daemon=True); self.thread.start()
+        self.look(); return self
+    def __exit__(self, *_):
+        self.over.set(); self.look()
+        if self.thread: self.thread.join()
+
 # %% ../nbs/70_invert.ipynb #640bc0cf
 class Inversion(NamedTuple):
     "What `invert` returns."
@@ -308,12 +336,6 @@ class Inversion(NamedTuple):
     history:list        # one row a step
     report:dict         # numbers for a table: cost against real images, diversity, memory, time
     out:object=None     # the folder, if any
-
-def peak_bytes(device)->int:
-    "The most memory that was in use: of a GPU by tensors, of a CPU by this process since it began."
-    if torch.device(device).type == 'cuda': return torch.cuda.max_memory_allocated(device)
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
 
 def invert(
     task:nn.Module,          # trained; comes back as it was, bit for bit
@@ -353,14 +375,14 @@ class Run:
     "An inversion on its way: block by block, step by step."
     def __init__(self, task, stats, cfg, settings, batch, dim, device, target, floor, stage):
         vars(self).update(task=task, stats=stats, cfg=cfg, settings=settings, batch=batch, dim=dim, device=device, target=target, floor=floor, stage=stage)
-        self.step,self.at,self.block,self.hold,self.restarts,self.row_of,self.early,self.seconds = 0,0,0,0,0,0,[],0.
+        self.step,self.at,self.block,self.hold,self.restarts,self.row_of,self.early,self.seconds,self.peak = 0,0,0,0,0,0,[],0.,0
     def begin(self):
         "Generator, codes and optimiser of the block; the pool goes on."
         old = getattr(self, 'inv', None); self.inv = Inverter(self.stats, self.cfg, self.dim, self.block).to(self.device)
         if old is not None: self.inv.pool = old.pool
         ps = list(self.inv.generator.parameters()); self.opt = torch.optim.Adam(ps, self.cfg.lr, betas=(.9, .999)) if ps else None
     def save(self, work):
-        meta = {k: getattr(self, k) for k in ('at', 'block', 'hold', 'restarts', 'row_of', 'early', 'seconds')} | dict(inversion=self.settings)
+        meta = {k: getattr(self, k) for k in ('at', 'block', 'hold', 'restarts', 'row_of', 'early', 'seconds', 'peak')} | dict(inversion=self.settings)
         save_checkpoint(work/'checkpoints', self.inv, self.opt, self.step, meta); prune(work/'checkpoints', 2)
     def restore(self, work):
         "Continue where a checkpoint stands; other settings are refused."
@@ -368,7 +390,7 @@ class Run:
         if path is None: return
         meta = read_json(path/'state.json')
         if diff := differing(meta.get('inversion') or {}, self.settings): raise UserError(f'{work.name} was begun with other settings: ' + '; '.join(diff[:4]), 'the same', f'delete {work}, or choose another --out')
-        for k in ('at', 'block', 'hold', 'restarts', 'row_of', 'early', 'seconds'): setattr(self, k, meta[k])
+        for k in ('at', 'block', 'hold', 'restarts', 'row_of', 'early', 'seconds', 'peak'): setattr(self, k, meta.get(k, 0))
         self.begin(); load_checkpoint(path, self.inv, self.opt); self.step = meta['step']
     def near(self, row):
         "Are task and statistics as good as on real images, and for how many steps?"
@@ -388,9 +410,8 @@ def _go(self, work, out=None, stop=None):
     sizes = [min(cfg.n - b*cfg.chunk, cfg.chunk) if cfg.work == 'chunks' else cfg.n for b in range(blocks_of(cfg))]
     totals = [steps_of(cfg, s, min(self.batch, s)) for s in sizes]
     bar = progress(sum(totals), self.step, f'inverting {self.stage}'.strip(), off=not cfg.bar)
-    if torch.device(self.device).type == 'cuda': torch.cuda.reset_peak_memory_stats(self.device)
     try:
-        with lent(self.task):
+        with lent(self.task), Memory(self.device) as memory:
             while self.block < len(sizes):
                 if not hasattr(self, 'inv') or self.inv.block != self.block: self.begin()
                 b = min(self.batch, len(self.inv))
@@ -403,7 +424,7 @@ def _go(self, work, out=None, stop=None):
                     near,halt = self.near(row),stop is not None and stop.reason
                     if near: self.early.append(self.block); self.at = totals[self.block]
                     if work and (halt or cfg.save_every and self.step % cfg.save_every == 0):
-                        history.sync(); self.seconds += time.monotonic() - clock; clock = time.monotonic(); self.save(work)
+                        history.sync(); self.seconds += time.monotonic() - clock; clock = time.monotonic(); self.peak = max(self.peak, memory.look()); self.save(work)
                     if halt: raise Stopped(f'stopped at step {self.step} ({stop.reason}); the same command continues')
                 kept += self.finish(folder)
                 self.block,self.at,self.hold = self.block+1,0,0
@@ -412,7 +433,7 @@ def _go(self, work, out=None, stop=None):
         if history: history.close()
     self.stats.check(self.task)                        # the model is what it was
     self.seconds += time.monotonic() - clock
-    report = self.report(rows)
+    self.peak = max(self.peak, memory.bytes); report = self.report(rows) | dict(peak_of=memory.of)
     return Inversion(torch.cat(kept), rows, report) if work is None else self.publish(work, out, rows, report)
 
 # %% ../nbs/70_invert.ipynb #c88ba4c4
@@ -429,7 +450,7 @@ def _report(self, rows):
     i,visits = self.stats.info,self.inv.pool.visits
     return dict(images=self.cfg.n, steps=self.step, early=len(self.early), visits=[int(visits.min()), int(visits.max())], restarts=self.restarts, **{k: mean(k) for k in ('task','norm','img','rep')},
         real=dict(self.floor, vendi2=vendi2_of(i['vendi2'], i['vendi2_cases'], self.cfg.n)), vendi2=vendi2(self.inv.pool.features) if self.cfg.a_rep and self.cfg.n > 1 else None,
-        seconds=self.seconds, seconds_per_image=self.seconds/self.cfg.n, peak_bytes=peak_bytes(self.device), device=str(self.device))
+        seconds=self.seconds, seconds_per_image=self.seconds/self.cfg.n, peak_bytes=self.peak, device=str(self.device))
 def _publish(self, work, out, rows, report):
     "The folder appears, whole."
     pool = work/'pool'; cfg = self.cfg
@@ -537,7 +558,7 @@ def invert_command(cfg:InvertCommand)->dict:
     how = replace(cfg.how, n=cfg.n or share_of(stats.info['cases'], cfg.percent))
     got = invert(task, stats, how, cfg.out, cfg.stage or ''); r = got.report
     say = lambda k: 'not computed' if r[k] is None else f'{r[k]:.3g}'
-    print(f'{r["images"]} images in {r["steps"]} steps ({r["seconds_per_image"]:.3g} s each, {size_text(r["peak_bytes"])} at most, {r["restarts"]} batches begun again); task {say("task")} (real images {r["real"]["task"]:.3g}), '
+    print(f'{r["images"]} images in {r["steps"]} steps ({r["seconds_per_image"]:.3g} s each, {size_text(r["peak_bytes"])} of memory at most{"" if r.get("peak_of", "process") == "inversion" else ", counted since the process began"}, {r["restarts"]} batches begun again); task {say("task")} (real images {r["real"]["task"]:.3g}), '
           f'statistics {say("norm")} ({r["real"]["norm"]:.3g}), different images {say("vendi2")} ({r["real"]["vendi2"]:.3g})')
     return dict(out=got.out, inversion=got)
 

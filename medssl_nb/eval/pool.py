@@ -6,7 +6,8 @@
 __all__ = ['GOALS', 'power', 'shells', 'radial_spectrum', 'is_slab', 'slab_spectra', 'high_from', 'in_band', 'decibels', 'lsd',
            'band_energy', 'high_share', 'spectral_slope', 'restored', 'unit_rows', 'vendi', 'effective_rank',
            'mean_cosine', 'distances', 'self_distance', 'spread_ratio', 'fid', 'mmd2', 'kid', 'precision_recall',
-           'density_coverage', 'expected_coverage', 'spectral_measures', 'feature_measures', 'pool_report', 'report_md']
+           'density_coverage', 'expected_coverage', 'spectral_measures', 'neighbours', 'feature_measures',
+           'pool_report', 'report_md']
 
 # %% ../../nbs/63_eval.pool.ipynb #3081f061
 import math
@@ -204,12 +205,13 @@ def kid(
     subsets:int=100,
     size:int=100,      # rows of a subset, at most
     seed:int=0,
-)->dict:               # mean, sd over subsets, se of the mean (subsets overlap: a rough guide)
+)->dict:               # mean, sd over subsets, se of the mean (subsets overlap: a rough guide); None where there is one subset alone
     "Kernel distance, mean over random subsets."
     x,s = (np.asarray(v, np.float64) for v in (x, s)); k = min(size, len(x), len(s)); rng = np.random.default_rng(seed_of(seed, 0, 0, 'kid'))
     if k < 2: raise UserError(f'{len(x)} and {len(s)} rows', 'at least two each')
+    if k == len(x) == len(s): return dict(mean=mmd2(x, s), sd=None, se=None)      # every subset would be these rows in another order
     v = np.array([mmd2(x[rng.choice(len(x), k, False)], s[rng.choice(len(s), k, False)]) for _ in range(subsets)])
-    return dict(mean=float(v.mean()), sd=float(v.std(ddof=1)) if subsets > 1 else 0., se=float(v.std(ddof=1)/math.sqrt(subsets)) if subsets > 1 else 0.)
+    return dict(mean=float(v.mean()), sd=float(v.std(ddof=1)) if subsets > 1 else None, se=float(v.std(ddof=1)/math.sqrt(subsets)) if subsets > 1 else None)
 
 # %% ../../nbs/63_eval.pool.ipynb #79ecda92
 def precision_recall(x, s, k:int=3)->dict:
@@ -244,9 +246,13 @@ def spectral_measures(s, x, patch, spacing)->dict:
         if (q['freq'] > hi*(1+1e-9)).any(): out |= {n+'lsd_high': lsd(p, q, hi), n+'db_high': float(decibels(p, q)[in_band(q, hi)].mean()), n+'high_share': high_share(p, hi)}
     return dict(values=out, spectra=spectra)
 
+def neighbours(n:int, at_most:int=5)->int:
+    "To which neighbour a ball reaches, where there are `n` rows."
+    return min(at_most, n-1)
+
 def feature_measures(s, x)->dict:
     "Numbers of 4.2 and 4.3 for features `s` against equally many real ones `x`; KID from 50 subsets, since there are several deals."
-    k3,k5 = min(3, len(x)-1),min(5, len(x)-1)
+    k3,k5 = neighbours(len(x), 3),neighbours(len(x))
     return dict(vendi_1=vendi(s), vendi_2=vendi(s, 2), vendi_half=vendi(s, .5), rank=effective_rank(s), cosine=mean_cosine(s), spread=spread_ratio(s, x), fid=fid(x, s), kid=kid(x, s, 50)['mean'], **precision_recall(x, s, k3), **density_coverage(x, s, k5))
 
 # %% ../../nbs/63_eval.pool.ipynb #7c92b379
@@ -270,6 +276,7 @@ def pool_report(
     spacing = tuple(map(float, spacing)); x,s = (_volumes(v, len(spacing)) for v in (real, synthetic)); n,m = len(real),len(synthetic); k = min(m, n//2)
     if x.shape[1:] != s.shape[1:]: raise UserError(f'real volumes {x.shape[1:]}, synthetic ones {s.shape[1:]}', 'one shape', 'crop or resample first')
     if k < 4: raise UserError(f'{n} real and {m} synthetic volumes', 'at least 8 real and 4 synthetic')
+    if len(x)//n != len(s)//m: raise UserError(f'{len(x)//n} channels in real volumes, {len(s)//m} in synthetic ones', 'the same channels in both', 'choose those that both have')
     for e,(a,b) in features.items():
         if (len(a), len(b)) != (n, m): raise UserError(f'features of {e!r}: {len(a)} real, {len(b)} synthetic rows', f'{n} and {m}')
     got,spectra,c = {},None,len(x)//n; rows_of = lambda v, i: v.reshape(n if v is x else m, c, *v.shape[1:])[i].reshape(-1, *v.shape[1:])
@@ -288,7 +295,8 @@ def pool_report(
     if not features: notes.append('no features were given: nothing is said about diversity and coverage')
     elif set(features) <= {inverted}: notes.append(f'only the encoder {inverted!r} was used, against which the pool was optimised: an independent one is needed before anything is claimed')
     if m > k: notes.append(f'{m-k} of {m} synthetic volumes are left out in each deal, because only {n} real ones are there')
-    return dict(n=k, rows=rows, spectra=spectra, expected_coverage=expected_coverage(k), notes=notes)
+    if features and (ball := neighbours(k)) < 5: notes.append(f'so few that the balls of density and coverage reach to the {ball}th neighbour instead of the 5th' if ball > 3 else f'so few that the balls of density and coverage reach to the {ball}rd neighbour instead of the 5th')
+    return dict(n=k, rows=rows, spectra=spectra, expected_coverage=expected_coverage(k, k=neighbours(k)), notes=notes)
 
 # %% ../../nbs/63_eval.pool.ipynb #2ce3ec84
 def report_md(report:dict)->str:

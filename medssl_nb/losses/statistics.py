@@ -301,7 +301,7 @@ class Running:
         self.on,self.due,self.begun,self.came,self.step,self.first,self.wanted = *[False]*4,None,-1,-1
         self.watch = Watch(task.encoder, when=lambda: self.on and task.training, still=True)
     def __enter__(self):
-        task = self.task; self.had = {n: vars(task).get(n) for n in ('views', 'after_step', 'beside')}; views,after = task.views,getattr(task, 'after_step', None)
+        task = self.task; self.begun = self.came = False; self.had = {n: vars(task).get(n) for n in ('views', 'after_step', 'beside')}; views,after = task.views,getattr(task, 'after_step', None)
         def look(batch, gen):
             if batch.get('step') != self.step: self.update(); self.step = batch.get('step')
             if not self.begun: self.begin(batch)
