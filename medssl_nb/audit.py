@@ -9,11 +9,11 @@ __all__ = ['SIDE', 'FINE', 'SHARP', 'TILTS', 'CONTROLS', 'LIMITS', 'NETWORK', 'E
            'overlap_ncc', 'aligned', 'blocks', 'retold', 'Templates', 'Places', 'coarse', 'Pyramid', 'likeness',
            'best_guesses', 'closely', 'ssim', 'ssim_nearest', 'filter_features', 'encoder_features', 'Site', 'View',
            'same_person', 'voxel_view', 'feature_view', 'below', 'nearness', 'named', 'permuted', 'share_closer',
-           'membership', 'attacks', 'make_canaries', 'exposure', 'Bench', 'near_checks', 'checks', 'recut', 'disguises',
-           'smuggle', 'control', 'noticed', 'with_status', 'unnoticed', 'in_words', 'histogram', 'audit_pool',
-           'check_statistics', 'regions', 'OnDisk', 'cut_regions', 'sampled', 'read_pool', 'check_memory', 'stage_rows',
-           'check_members', 'read_site', 'html_table', 'html_histogram', 'audit_page', 'AuditConfig', 'network_views',
-           'open_pool', 'images_of', 'packet_task', 'audit', 'in_the_pool', 'suspects']
+           'membership', 'attacks', 'make_canaries', 'exposure', 'CanaryConfig', 'plant', 'Bench', 'near_checks',
+           'checks', 'recut', 'disguises', 'smuggle', 'control', 'noticed', 'with_status', 'unnoticed', 'in_words',
+           'histogram', 'audit_pool', 'check_statistics', 'regions', 'OnDisk', 'cut_regions', 'sampled', 'read_pool',
+           'check_memory', 'stage_rows', 'check_members', 'read_site', 'html_table', 'html_histogram', 'audit_page',
+           'AuditConfig', 'network_views', 'open_pool', 'images_of', 'packet_task', 'audit', 'in_the_pool', 'suspects']
 
 # %% ../nbs/73_audit.ipynb #d5185832
 import hashlib
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from .config import from_dict
 from .continual import find_prepared
 from .core import UserError, atomic, choose, disk_errors, generator, read_json, seed_of, size_text, write_json, write_jsonl
-from .data.cases import Prepared
+from .data.cases import Prepared, write_case, write_index
 from .eval.metrics import auc, bootstrap
 from .eval.transfer import trained_norm
 from .invert import render_pool, room
@@ -560,6 +560,32 @@ def exposure(
     if not len(a) or not len(b): raise UserError(f'{len(a)} planted canaries and {len(b)} kept back', 'some of both')
     bits = [math.log2(len(b)+1) - math.log2(1 + float((b > x).sum()) + float((b == x).sum())/2) for x in a]
     return dict(bits=bits, mean=float(np.mean(bits)), most=math.log2(len(b)+1), p=float(mannwhitneyu(a, b, alternative='greater').pvalue))
+
+# %% ../nbs/73_audit.ipynb #a7310031
+@dataclass
+class CanaryConfig:
+    "Artificial images, planted before training, that show what a network learns by heart."
+    prepared:Path|None=None     # prepared folder
+    n:int=40                    # half are trained on, half are kept back
+    dims:int=0                  # 2 or 3; 0: what the first case has
+    seed:int=0
+
+def plant(
+    cfg:CanaryConfig,
+)->dict:            # out: the folder; cases: names
+    "Canaries into a prepared folder."
+    if cfg.prepared is None: raise UserError('a prepared folder is needed', 'medssl canaries PREPARED --n 40')
+    if cfg.n < 2 or cfg.n % 2: raise UserError(f'{cfg.n} canaries', 'an even number: half are kept back')
+    p = Prepared(cfg.prepared); rows = [r for r in p.rows if r['dims'] == (cfg.dims or r['dims']) and r['dims'] > 1]
+    if not rows: raise UserError(f'{Path(cfg.prepared).name} holds no volume like that', '2-D or 3-D cases')
+    if any(r.get('group') == 'canary' for r in p.rows): raise UserError(f'{Path(cfg.prepared).name} holds canaries already', 'none', 'a second set would be mistaken for the first')
+    r = rows[0]; x = p.read(r)[0]; names = [f'canary-{i:04d}' for i in range(cfg.n)]; about = p.info(r); d = r['dims']
+    with disk_errors(cfg.prepared, 'canaries'):
+        for i,(n,v) in enumerate(zip(names, make_canaries(cfg.n, x.shape, cfg.seed, (float(x.min()), float(x.max()))))):
+            write_case(cfg.prepared, dict(case=n, subject=n, session='', group='canary', split='train' if i % 2 == 0 else 'test', dims=d, channels=list(p.channels), spacing=list(r['spacing']), labels={}, fingerprint=f'canary-{cfg.seed}-{i}'), v if d == 3 else v[:,None], info={k: about[k] for k in ('intensity',) if k in about})
+        write_index(cfg.prepared, [q['case'] for q in p.rows] + names)
+    print(f'{cfg.n} canaries are in {Path(cfg.prepared).name}: {cfg.n//2} to be learnt from, {cfg.n//2} kept back (split test). Train as always; medssl audit finds them.')
+    return dict(out=Path(cfg.prepared), cases=names)
 
 # %% ../nbs/73_audit.ipynb #fa008289
 @dataclass

@@ -27,6 +27,7 @@ COMMANDS = dict(
     continual=('medssl_nb.continual', None,            None,            '',     'stage after stage, or one stage at each site: run | stage | verify'),
     export  =('medssl_nb.export',        'ExportConfig',   'export',        'encoder', 'an encoder -> MONAI, nnU-Net, or a verified copy'),
     audit   =('medssl_nb.audit',         'AuditConfig',    'audit',         'packet', 'a pool of invented volumes against the patients it came from: copies, membership, a verdict'),
+    canaries=('medssl_nb.audit',         'CanaryConfig',   'plant',         'prepared', 'artificial images into the training data, so that an audit can say what is learnt by heart'),
     claims  =('medssl_nb.eval.claims',   'ClaimsConfig',   'claims',        'file', 'what the papers claim, what was seen here, and a verdict for each'),
     doctor  =('medssl_nb.doctor',        'DoctorConfig',   'doctor',        'manifest', 'what is wrong with this machine, and what to do about it'),
     demo    =('medssl_nb.demo',          'DemoConfig',     'demo',          'out',  'all of the above on synthetic data, and a page of figures'),
