@@ -27,6 +27,7 @@ COMMANDS = dict(
     continual=('medssl_nb.continual', None,            None,            '',     'stage after stage, or one stage at each site: run | stage | verify'),
     export  =('medssl_nb.export',        'ExportConfig',   'export',        'encoder', 'an encoder -> MONAI, nnU-Net, or a verified copy'),
     audit   =('medssl_nb.audit',         'AuditConfig',    'audit',         'packet', 'a pool of invented volumes against the patients it came from: copies, membership, a verdict'),
+    canaries=('medssl_nb.audit',         'CanaryConfig',   'plant',         'prepared', 'artificial images into the training data, so that an audit can say what is learnt by heart'),
     claims  =('medssl_nb.eval.claims',   'ClaimsConfig',   'claims',        'file', 'what the papers claim, what was seen here, and a verdict for each'),
     bench   =('medssl_nb.bench',         'BenchConfig',    'bench',         'data', 'a few steps of a run, measured: how long it will take here, which switches pay'),
     lab     =('medssl_nb.lab',           'LabConfig',      'lab',           'out',  'the lessons in a folder of your own, opened in JupyterLab'),
