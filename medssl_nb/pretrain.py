@@ -23,7 +23,7 @@ from .losses.statistics import Running, calibrate, save_statistics
 from .tasks.supervised import card_norm
 from .tasks.registry import METHODS, PRESETS, load_task, task_config
 from .train.checkpoint import latest
-from .train.trainer import TrainConfig, peak_rate, train
+from .train.trainer import TrainConfig, peak_rate, progress, train
 
 # %% ../nbs/59_pretrain.ipynb #1924ca7c
 T = TypeVar('T')
@@ -170,7 +170,9 @@ def leave_statistics(task, cases, run:Path, how:TrainConfig, running=None, lead:
     if running is not None and (why := running.lack()):
         if lead: print(f'{why}, so there are no running averages: statistics of a calibration pass instead')
         running = None
-    stats = calibrate(task, cases, seed=how.seed, workers=how.workers, running=running, stage=run.name)
+    bar = progress(None, 0, 'statistics', off=not (lead and how.bar))
+    try: stats = calibrate(task, cases, seed=how.seed, workers=how.workers, running=running, stage=run.name, progress=lambda k: bar.update(1))
+    finally: bar.close()
     if lead: print(f'statistics of {len(stats.sites)} sites from {stats.info["cases"]} cases of {stats.info["subjects"]} subjects{"" if running is None else f", averages of {running.k} steps,"} in {save_statistics(stats, run/"statistics"/run.name).parent}')
 
 def input_of(task)->str|None:

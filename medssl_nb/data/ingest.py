@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import UserError, choose, loads_json, nearest, printable, pseudonym, read_json, site_key
+from ..core import UserError, choose, disk_errors, loads_json, nearest, printable, pseudonym, read_json, site_key, writable
 from .cases import MODALITIES, channel_order, write_manifest
 from .privacy import identifying, quiet_readers, safe_words, show_paths
 from .lists import locate, read_list
@@ -939,13 +939,14 @@ def ingest(
     cfg,        # `IngestConfig`
 )->dict:        # counts, and `out`
     "Make a manifest of a folder; ends with a table of what was found."
-    check_config(cfg); whole = lambda p: Path(os.path.abspath(p)) if p else None
+    check_config(cfg); writable(cfg.out, 'the manifest'); whole = lambda p: Path(os.path.abspath(p)) if p else None
     cfg = replace(cfg, src=whole(cfg.src), table=whole(cfg.table), labels=whole(cfg.labels), label_dir=whole(cfg.label_dir))   # pseudonyms must not depend on where one stands
     items,problems,layout,root = find_items(cfg)
     for i in items:
         if i.role == 'image' and cfg.modality and i.modality in (None, 'mr') and not i.claim: i.modality = cfg.modality
     labels,problems = use_labels(items, problems, root, layout, cfg)
-    names = Names(site_key(cfg.key or Path(cfg.out)/'private'/'key'), root); problems += hide_words(items, names.key, cfg)
+    with disk_errors(cfg.key or cfg.out, 'the key of the site', todo='make room, or choose another place'): names = Names(site_key(cfg.key or Path(cfg.out)/'private'/'key'), root)
+    problems += hide_words(items, names.key, cfg)
     groups = {}
     for i,got in zip(items, spread(partial(probe_item, cfg=cfg), items, 'opening files', cfg)):
         found,more = ([], [Problem(i.paths, got.kind, got.reason)]) if isinstance(got, Lost) else got; problems += more
@@ -965,7 +966,7 @@ def ingest(
     from medssl_nb import __version__
     keep = dict(modality=cfg.modality, resample_to_reference=cfg.resample_to_reference, verify=cfg.verify, label_columns=list(cfg.label_columns), text_columns=list(cfg.text_columns), columns=dict(cfg.columns))
     counts = dict(cases=len(rows), subjects=len({r['subject'] for r in rows}), files=len({(f, p) for f in names.rows for p in names.rows[f]['paths']}), problems=dict(Counter(p.kind for p in problems)))
-    write_manifest(cfg.out, rows, listed, dict(version=__version__, layout=layout, counts=counts, options=keep), list(names.rows.values()))
+    with disk_errors(cfg.out, 'the manifest', todo='make room, or choose another --out, and ingest again'): write_manifest(cfg.out, rows, listed, dict(version=__version__, layout=layout, counts=counts, options=keep), list(names.rows.values()))
     print(summary(rows, problems, names))
     if not rows: raise UserError(f'no case came out of {len(items)} images', 'at least one', 'the problems above say why')
     return dict(out=str(cfg.out), layout=layout, **counts)
