@@ -352,7 +352,7 @@ class Scene:
     def cost(self)->dict:
         "What the strategy takes on top of sequential training."
         old = self.total - self.steps
-        return dict(new_steps=self.steps, old_steps=old, old_batches_beside=self.steps*2*isinstance(self.mix, Beside), extra_passes=self.strategy.cost(self.steps, old), after=self.strategy.after(len(self.new), self.data.kind == 'text'), lr=peak_rate(self.train, self.world), batch=self.train.batch*self.train.accum*self.world)
+        return dict(new_steps=self.steps, old_steps=old, old_batches_beside=self.steps*2*isinstance(self.mix, Beside), extra_passes=self.strategy.cost(self.steps, old), after=self.strategy.after(len(self.new)*(self.data.stage.pool is None), self.data.kind == 'text'), lr=peak_rate(self.train, self.world), batch=self.train.batch*self.train.accum*self.world)
 
 # %% ../nbs/71_continual.ipynb #c72b88bd
 class Team:
@@ -574,7 +574,7 @@ def score_question(cfg:ContinualConfig, datas:list, packet)->dict:
     "What a row of R depends on, as plain values without a pseudonym."
     stages = {d.name: {**d.facts(), 'target': d.stage.target, 'tested': d.facts('test')} for d in datas}
     who = dict(packet=packet.identity) if packet else dict(untrained=portable(shared_settings(cfg, 0)))
-    return json.loads(json.dumps(dict(score=to_dict(cfg.score), seed=cfg.train.seed, stages=stages, **who)))
+    return json.loads(json.dumps(dict(score={k: v for k,v in to_dict(cfg.score).items() if k != 'alone'}, seed=cfg.train.seed, stages=stages, **who)))
 
 def evaluate_stage(
     cfg:ContinualConfig,
