@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 JOBS ?= 2
 
-.PHONY: readme demo test test-all lab install export clean-nbs lint bench nnunet
+.PHONY: readme demo test test-all lab install export clean-nbs lint nnunet
 $(VENV)/.stamp: requirements.lock settings.ini setup.py
 	$(PYTHON) -m venv $(VENV)
 	@# torch first and exactly: a range asked of an empty environment brings gigabytes of CUDA. A torch that is there already (a GPU build, say) stays.

@@ -7,6 +7,7 @@ import base64
 import io
 import os
 import re
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -48,6 +49,19 @@ def checks(src):
     return not directive(src, "export") and CHECKS.search(src) is not None
 
 
+def kernels():
+    """How to reach a kernel: by files. Ports are picked by asking for a free one and giving it back, so that two notebooks that start at the
+    same moment can be given the same, and then one of them waits for an answer that went elsewhere."""
+    import tempfile
+
+    from traitlets.config import Config
+
+    if os.name != "posix" or len(tempfile.gettempdir()) > 60:  # the name of a socket has room for about a hundred characters
+        return Config()
+    # named in full: the default is one name for all, in the folder of whoever asks
+    return Config(KernelManager=dict(transport="ipc", ip=str(Path(tempfile.mkdtemp(prefix="k")) / "s")))
+
+
 class Run:
     "One execution of one notebook, kept for all its tests."
 
@@ -65,7 +79,7 @@ class Run:
                 self.skipped[i] = why
                 c.source = ""
         os.environ["IN_TEST"] = "1"
-        client = NotebookClient(nb, timeout=1800 if os.environ.get("MEDSSL_SLOW") else 900, kernel_name="python3", allow_errors=False, resources={"metadata": {"path": str(Path(path).parent)}})
+        client = NotebookClient(nb, config=(where := kernels()), startup_timeout=300, timeout=1800 if os.environ.get("MEDSSL_SLOW") else 900, kernel_name="python3", allow_errors=False, resources={"metadata": {"path": str(Path(path).parent)}})
         self.error, self.failed = None, None
         try:
             client.execute()
@@ -73,6 +87,8 @@ class Run:
             self.error = re.sub(r"\x1b\[[0-9;]*m", "", str(e))
             ran = [i for i, c in enumerate(nb.cells) if c.cell_type == "code" and any(o.output_type == "error" for o in c.get("outputs", []))]
             self.failed = ran[0] if ran else 0
+        if where:
+            shutil.rmtree(Path(where.KernelManager.ip).parent, ignore_errors=True)
         self.nb = nb
 
     @classmethod

@@ -1,8 +1,25 @@
 "Packaging: everything is read from settings.ini, so that it is written once."
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+class WithNotebooks(build_py):
+    "The notebooks come along, for `medssl lab`: in a wheel they lie in medssl_nb/notebooks."
+
+    def run(self):
+        super().run()
+        if self.editable_mode:  # a clone has them in nbs
+            return
+        for p in Path("nbs").rglob("*.ipynb"):
+            if ".ipynb_checkpoints" not in p.parts:
+                to = Path(self.build_lib, cfg["lib_name"], "notebooks", p.relative_to("nbs"))
+                to.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(p, to)
+
 
 ini = ConfigParser(delimiters=["="], interpolation=None)
 ini.read("settings.ini")
@@ -30,5 +47,6 @@ setup(
         "itk": ["itkwidgets==1.0a55", "ngff-zarr<0.14"],
     },
     entry_points={"console_scripts": cfg["console_scripts"].split("\n"), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+    cmdclass={"build_py": WithNotebooks},
     zip_safe=False,
 )

@@ -3,6 +3,7 @@
     python benchmarks/taco_step.py                          # CPU, one thread; writes benchmarks/taco_step.json
     python benchmarks/taco_step.py --forms uniformer --people 4 --parts time memory topology
     python benchmarks/taco_step.py --parts check            # seconds: both forms compute the same losses
+    python benchmarks/taco_step.py --forms uniformer --people 1 --parts time memory --recompute
     python benchmarks/taco_step.py --device cuda --people 2
 
 `Literal` is written from the specification alone (sections 3, 4 and the defects of section 8): all lateral blocks are built and run, though one is read; tokens by the bare reshape; every T x T table
@@ -28,6 +29,7 @@ ap.add_argument('--region', type=int, default=96, help='side of the volumes, vox
 ap.add_argument('--steps', type=int, default=1, help='timed steps of each form, after those that are not')
 ap.add_argument('--warm', type=int, default=1, help='steps of each form that are not timed')
 ap.add_argument('--parts', nargs='*', default=['check', 'kept', 'topology', 'time', 'memory'])
+ap.add_argument('--recompute', action='store_true', help='ours makes its widened maps again in the backward pass (UniFormer)')
 ap.add_argument('--keep', action='store_true', help='keep the graph of unused blocks in time, too')
 ap.add_argument('--out', default=str(Path(__file__).with_suffix('.json')))
 ap.add_argument('--child', help=argparse.SUPPRESS)
@@ -133,6 +135,8 @@ def make(form, side, task=None):
         def run(b, g): terms,rest = net(views(b, g), a.keep); return sum(terms.values()),rest
         return run,opt
     task.to(a.device).train(); opt = make_optimizer(task, TrainConfig(lr=3e-4, weight_decay=.1))
+    for m in task.modules():
+        if hasattr(m, 'recompute'): m.recompute = a.recompute
     def run(b, g): v = views(b, g); return sum(task.losses(task(v), v).values()),None
     return run,opt
 
@@ -235,7 +239,7 @@ def memory(form, side):
     return torch.cuda.max_memory_allocated()/2**20 if a.device != 'cpu' else rss('VmHWM') - before
 
 def child(part, form, side=''):
-    cmd = [sys.executable, __file__, '--child', part, '--forms', form, '--side', side, '--device', a.device, '--threads', str(a.threads), '--people', str(a.people), '--region', str(a.region), '--steps', str(a.steps), '--warm', str(a.warm)] + ['--keep']*a.keep
+    cmd = [sys.executable, __file__, '--child', part, '--forms', form, '--side', side, '--device', a.device, '--threads', str(a.threads), '--people', str(a.people), '--region', str(a.region), '--steps', str(a.steps), '--warm', str(a.warm)] + ['--keep']*a.keep + ['--recompute']*a.recompute
     # give freed blocks back at once, so that the peak is what was needed and not what the allocator kept
     r = subprocess.run(cmd, capture_output=True, text=True, env=os.environ | (dict(MALLOC_MMAP_THRESHOLD_='262144') if side else {}))
     if r.returncode: raise SystemExit(f'{part} {form} {side}: exit {r.returncode} (-9: out of memory)\n{r.stderr}')
@@ -256,7 +260,7 @@ else:
                 m = {f: child('memory', form, f) for f in ('literal', 'ours')}
                 row = dict(size=[SIDE]*3, people=a.people, peak_mib={k: round(v) for k,v in m.items()}, ratio=round(m['ours']/m['literal'], 3))
             else: row = child(part, form)
-            name = part if part in ('check', 'kept') else f'{part}, {a.people} people' + (f', {SIDE}^3' if SIDE != 96 else '')
+            name = part if part in ('check', 'kept') else f'{part}, {a.people} people' + (f', {SIDE}^3' if SIDE != 96 else '') + (', recompute' if a.recompute else '')
             here.setdefault(form, {})[name] = row | dict(load=round(load, 1))
             print(form, part, json.dumps(row), flush=True)
             out.write_text(json.dumps(res, indent=1) + '\n')

@@ -145,15 +145,26 @@ def run(a):
     old = json.loads(f.read_text()) if f.exists() else {}
     write_json(f, {**old, "full" if a.full else "small": out})
     if not a.full:
-        fig = Figure(figsize=(5, 2.4), dpi=90, layout="constrained")
-        ax = fig.subplots()
-        for k in terms:
-            ax.plot([h["step"] for h in history], [h[k] for h in history], lw=0.8, label=k)
-        ax.set(xlabel="step", ylabel="weighted term", yscale="symlog")
-        ax.legend(fontsize=7, frameon=False)
+        fig = show_terms(history, terms)
         fig.savefig(HERE.parent / "results" / "brainmvp_real.png")
     if a.eyes:
         pictures(task, prepared, rows, kind, names, T, mean, Path(a.eyes))
+
+
+def show_terms(history, terms):
+    "Restorations and contrast live on different scales: a panel for each."
+    fig = Figure(figsize=(6.4, 2.4), dpi=90, layout="constrained")
+    parts = [[k for k in terms if k != "contrast"], ["contrast"]]
+    for ax, part in zip(fig.subplots(1, 2), parts):
+        for k in part:
+            ax.plot([h["step"] for h in history], [h[k] for h in history], lw=0.8, label=k, color=f"C{list(terms).index(k)}")
+        ax.set_xlabel("step", fontsize=8)
+        ax.set_ylim(0, 1.1 * sorted(h[k] for h in history for k in part)[int(0.99 * len(history) * len(part)) - 1])
+        ax.tick_params(labelsize=7)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(fontsize=7, frameon=False)
+    fig.axes[0].set_ylabel("weighted term", fontsize=8)
+    return fig
 
 
 def pictures(task, prepared, rows, kind, names, T, mean, out):

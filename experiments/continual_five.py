@@ -2,6 +2,7 @@
 
     python experiments/continual_data.py DATA --synthetic 600 --real REAL
     python experiments/continual_five.py DATA/real runs/real --seeds 0 1 2                         # all arms; 10 to 15 minutes an arm on one core
+    python experiments/continual_five.py DATA/real runs/real --sweep 1e-5 1e-4 1e-3 1e-2 1e-1      # lambda of EWC on the first two stages (continual.md, 1.4); choose, then freeze: LAM below
     python experiments/continual_five.py DATA/real runs/real --report continual_real               # results/continual_real.{json,md,png} of what is finished
 
 Plan, sizes and steps: continual.yaml. What is done is not done again. Image stages of `invcoss` are inverted (64 x 64 pixels and slabs of 16 x 48 x 48 voxels), reports are kept; a stage of fewer than
@@ -22,11 +23,12 @@ from medssl_nb.train.trainer import Stopped
 
 HERE = Path(__file__).parent
 FIVE = tuple(a for a in ARMS if a not in ("task_statistics", "tv", "mim"))
+LAM = dict(real=1e-2, synthetic=1e-2)  # of EWC, by data set: swept on the first two stages of real (see the verdict), not swept again on generated data
 INVERT = dict(batch=16, steps=400, lr=2e-3, z_lr=0.05, a_img=0.1, a_rep=1.0, bar=False, save_every=100)
 
 
-def plan(data, out, arm, seed, steps=None):
-    "continual.yaml with another strategy."
+def plan(data, out, arm, seed, steps=None, lam=None, stages=None):
+    "continual.yaml with another strategy; `lam` of EWC, and the first `stages` alone, for the sweep."
     base = common("mim", "small_unified", arm)
     said = {k: v for k, v in read_yaml(HERE / "continual.yaml").items() if k not in ("settings", "strategy")}  # these are of MedCoSS
     c = from_dict(ContinualConfig[type(base["task"]), type(base["settings"])](**base), said)
@@ -34,9 +36,12 @@ def plan(data, out, arm, seed, steps=None):
         c.settings = replace(c.settings, last=False, few=True, invert=InvertConfig(**INVERT))
     if hasattr(c.settings, "ratio"):
         c.settings = replace(c.settings, ratio=0.25)
+    if arm == "ewc" and (lam or LAM.get(Path(data).name)):
+        c.settings = replace(c.settings, lam=lam or LAM[Path(data).name])
     target = {s["name"]: s["target"] for s in read_json(Path(data) / "stages.json")}
-    stages = tuple(StageConfig(s.name, Path(data) / s.name, kind=s.kind, target=target[s.name]) for s in c.stages if s.name in target)
-    return replace(c, strategy=arm, stages=stages, steps=steps or c.steps, out=Path(out) / f"{arm}_s{seed}", train=replace(c.train, seed=seed, workers=0, bar=False, tensorboard=False, device="cpu"))
+    stages_ = tuple(StageConfig(s.name, Path(data) / s.name, kind=s.kind, target=target[s.name]) for s in c.stages if s.name in target)[:stages]
+    name = f"{arm}_s{seed}" if stages is None else f"sweep/{arm}_{lam:g}_s{seed}"
+    return replace(c, strategy=arm, stages=stages_, steps=steps or c.steps, out=Path(out) / name, train=replace(c.train, seed=seed, workers=0, bar=False, tensorboard=False, device="cpu"))
 
 
 def main():
@@ -46,10 +51,13 @@ def main():
     p.add_argument("--arms", nargs="+", default=FIVE, choices=FIVE)
     p.add_argument("--seeds", nargs="+", type=int, default=[0])
     p.add_argument("--steps", type=int)
+    p.add_argument("--sweep", nargs="+", type=float, metavar="LAMBDA")
     p.add_argument("--report", metavar="NAME")
     a = p.parse_args()
     torch.set_num_threads(1)
-    for seed in () if a.report else a.seeds:
+    for lam in a.sweep or ():
+        run(plan(a.data, a.out, "ewc", a.seeds[0], a.steps, lam, 2))
+    for seed in () if a.report or a.sweep else a.seeds:
         for arm in a.arms:
             run(plan(a.data, a.out, arm, seed, a.steps))
     if a.report:

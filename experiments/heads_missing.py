@@ -2,6 +2,7 @@
 
     python experiments/heads_missing.py --out runs/heads_missing            # everything, continued where it was stopped
     python experiments/heads_missing.py --out runs/heads_missing --stage pretrain --seeds 0
+    python experiments/heads_missing.py --stage tables                      # the page again, from results/heads_missing.json alone
 
 One encoder (a small U-Net), one data set, the same steps, batch and rate for every method; what differs is the task. For each seed every method is pre-trained anew, then fine-tuned by `medssl finetune --subsets True`
 with few labels, for outlines and for a decision, with and without sequences taken away in training; each network is judged on every non-empty subset of the four sequences.
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 
 from medssl_nb.config import load_yaml
-from medssl_nb.core import read_jsonl, write_json
+from medssl_nb.core import read_json, read_jsonl, write_json
 from medssl_nb.data.cases import write_case, write_index
 from medssl_nb.data.phantom import head_case, unit
 
@@ -184,19 +185,97 @@ def gather(out, kind, regime, seeds):
     return rows, done
 
 
+def rows_of(part, arm, minus=None):
+    "Rows as of `subsets.jsonl` from the scores kept in the JSON (to a thousandth); with `minus`, the gain over that arm, seed by seed, person by person, subset by subset."
+    rows = []
+    for seed, by in part["scores"][arm].items():
+        for subset, scores in by.items():
+            base = part["scores"][minus][seed][subset] if minus else [0.0] * len(scores)
+            rows += [{"seed": int(seed), "case": i, "subject": i, "class": "lesion", "subset": subset, "n": subset.count("+") + 1, "dice": x - y} for i, (x, y) in enumerate(zip(scores, base, strict=True))]
+    return rows
+
+
+def net_pairs(part):
+    """Pairs of arms whose inputs differ, each measured from its own twin: (a - twin of a) - (b - twin of b), paired by seed and person. The plain difference of such a pair compares input normalisations
+    as well: the twins alone differ by what `scratch01 - scratch` says."""
+    from medssl_nb.eval.missing import outline_lines
+
+    out = []
+    for p in part["pairs"]:
+        a, b = p["a"], p["b"]
+        if a not in ARMS or b not in ARMS or TWIN[a] == TWIN[b] or not part["scores"]:
+            continue
+        at = {l["n"]: l for l in outline_lines(rows_of(part, a, TWIN[a]), rows_of(part, b, TWIN[b]))}
+        out.append(dict(a=a, b=b, full=at[max(n for n in at if n != "fewer")]["diff"], fewer=at["fewer"]["diff"], drop=at["fewer"]["drop_diff"]))
+    return out
+
+
+def span(v):
+    return "" if v is None else f"{v[0]:+.3f}" + ("" if v[1] is None else f" [{v[1]:+.3f}, {v[2]:+.3f}]")
+
+
+NAMES = dict(segment="outline of the lesion", classify="lesion or none, fine-tuned", probe="lesion or none, frozen encoder, late fusion")
+SHOWN = dict(gaps="sequences taken away in training", whole="never shown a gap")
+COLUMNS = dict(full="with all sequences", fewer="with fewer", drop="drops")
+
+
+def clear_of_zero(facts):
+    "Every interval between two arms that leaves zero out, favourable or not, and of how many: lines of Markdown."
+    text, total, clear = [], 0, []
+    for part, d in facts["parts"].items():
+        kind, regime = part.rsplit("_", 1)
+        different = {(p["a"], p["b"]) for p in d.get("net", ())}
+        for which in ("pairs", "net"):
+            for p in d.get(which, ()):
+                for key, what in COLUMNS.items():
+                    if p[key] is None or p[key][1] is None:
+                        continue
+                    total += 1
+                    if p[key][1] > 0 or p[key][2] < 0:
+                        how = "each from its own twin" if which == "net" else "plain, and their inputs differ" if (p["a"], p["b"]) in different else "plain"
+                        clear.append(f"| {NAMES[kind]}, {SHOWN[regime]} | {p['a']} − {p['b']} | {how} | {what} | {span(p[key])} |")
+    text += ["## Which intervals leave zero out", "", f"{len(clear)} of {total} intervals between two arms, all of them listed. At 95 % one in twenty, here {total / 20:.0f}, leaves zero out by chance alone. "]
+    text[-1] += "Nothing is corrected for their number, and the comparisons are not independent (the same networks stand in many, the plain and the twin-corrected rows say the same thing twice): a single row is a hint and no finding. "
+    text[-1] += "A drop is negative; a difference of drops above zero says that the first arm loses less."
+    return [*text, "", "| where | pair | how | what | difference [95 %] |", "|---|---|---|---|---|", *clear, ""]
+
+
+def markdown(facts):
+    "The tables, from the JSON alone."
+    from medssl_nb.eval.missing import subset_md
+
+    text = clear_of_zero(facts)
+    for part, d in facts["parts"].items():
+        kind, regime = part.rsplit("_", 1)
+        head = "| pair | " + " | ".join(f"{c} [95 %]" for c in COLUMNS.values()) + " |"
+        lines = lambda pairs: [f"| {p['a']} − {p['b']} | " + " | ".join(span(p[k]) for k in COLUMNS) + " |" for p in pairs]
+        text += [f"## {NAMES[kind]}, {SHOWN[regime]}: {len(d['seeds'])} seeds", "", subset_md(d["tables"], FORMS[kind]), head, "|---|---|---|---|", *lines(d["pairs"]), ""]
+        if d.get("net"):
+            text += ["BrainMVP and its ablations see [0, 1], the others z-scores. Such pairs once more, each arm measured from the scratch twin with its own input, by seed and person:", "", head.replace("pair", "pair, each minus its twin"), "|---|---|---|---|", *lines(d["net"]), ""]
+    text += ["## Does it pay to take sequences away in training?", "", "Differences: shown gaps − never shown one.", "", "| | arm | with all [95 %] | with fewer [95 %] | drops [95 %] |", "|---|---|---|---|---|"]
+    return text + [f"| {NAMES[g['kind']]} | {g['arm']} | {span(g['full'])} | {span(g['fewer'])} | {span(g['drop'])} |" for g in facts["gain_of_gaps"]]
+
+
+def write_tables(facts, results):
+    "The JSON, and the page with its verdict."
+    for d in facts["parts"].values():
+        d["net"] = net_pairs(d)
+    write_json(results / "heads_missing.json", facts)
+    note = HERE / "heads_missing_verdict.md"  # written by a person who read the tables
+    (results / "heads_missing.md").write_text("\n".join([(note.read_text() if note.exists() else ""), "![score and drop](heads_missing.png)", "", *markdown(facts)]) + "\n")
+
+
 def report(plan, out, results):
     "results/heads_missing.{json,md,png} and results/brainmvp_ablation.{json,md} from what is finished."
     from types import SimpleNamespace
 
     from matplotlib.figure import Figure
 
-    from medssl_nb.eval.missing import decision_lines, outline_lines, subset_md, subset_tables
+    from medssl_nb.eval.missing import decision_lines, outline_lines, subset_tables
     from medssl_nb.plot.volume import png
 
     arms = {a: SimpleNamespace(twin=a) for a in ("scratch", "scratch01")} | {a: SimpleNamespace(twin=TWIN[a]) for a in ARMS}
-    span = lambda v: "" if v is None else f"{v[0]:+.3f}" + ("" if v[1] is None else f" [{v[1]:+.3f}, {v[2]:+.3f}]")
-    facts, text, pictures = dict(plan=vars(plan), parts={}), [], []
-    names = dict(segment="outline of the lesion", classify="lesion or none, fine-tuned", probe="lesion or none, frozen encoder, late fusion")
+    facts, pictures = dict(plan=vars(plan), parts={}), []
     for kind, form in FORMS.items():
         lines_of = outline_lines if form == "segment" else decision_lines
         for regime in REGIMES:
@@ -217,10 +296,7 @@ def report(plan, out, results):
                 compact.setdefault(r["arm"], {}).setdefault(str(r["seed"]), {}).setdefault(r["subset"], []).append(round(r[say] if kind == "segment" else r[say][1], 3))
             truth = [r["target"] for r in rows if r["arm"] == "scratch" and r["seed"] == done[0] and r["n"] == len(plan.sequences)] if form == "classify" else None
             facts["parts"][f"{kind}_{regime}"] = dict(seeds=done, tables=tables, pairs=pairs, scores=compact, truth=truth)
-            shown = "sequences taken away in training" if regime == "gaps" else "never shown a gap"
-            text += [f"## {names[kind]}, {shown}: {len(done)} seeds", "", subset_md(tables, form), "| pair | with all sequences [95 %] | with fewer [95 %] | drops [95 %] |", "|---|---|---|---|"]
-            text += [f"| {p['a']} − {p['b']} | {span(p['full'])} | {span(p['fewer'])} | {span(p['drop'])} |" for p in pairs] + [""]
-            pictures.append((tables["count"], form, f"{names[kind]}, {shown}"))
+            pictures.append((tables["count"], form, f"{NAMES[kind]}, {SHOWN[regime]}"))
     # does training with gaps pay?
     gain = []
     for kind, form in (("segment", "segment"),):
@@ -231,8 +307,6 @@ def report(plan, out, results):
                 at = {l["n"]: l for l in (outline_lines if form == "segment" else decision_lines)(x, y)}
                 gain.append(dict(kind=kind, arm=arm, full=at[max(n for n in at if n != "fewer")]["diff"], fewer=at["fewer"]["diff"], drop=at["fewer"]["drop_diff"]))
     facts["gain_of_gaps"] = gain
-    text += ["## Does it pay to take sequences away in training?", "", "Differences: shown gaps − never shown one.", "", "| | arm | with all [95 %] | with fewer [95 %] | drops [95 %] |", "|---|---|---|---|---|"]
-    text += [f"| {names[g['kind']]} | {g['arm']} | {span(g['full'])} | {span(g['fewer'])} | {span(g['drop'])} |" for g in gain]
     facts["pretraining"] = {}
     for name in ARMS:
         for s in plan.seeds:
@@ -242,9 +316,7 @@ def report(plan, out, results):
                 terms = [k for k in rows[-1] if k not in ("step", "lr", "grad_norm", "volumes_per_s", "wait")]
                 facts["pretraining"][f"{name}_s{s}"] = dict(steps=len(rows), first={k: round(rows[0][k], 4) for k in terms if k in rows[0]}, last={k: round(sum(r[k] for r in rows[-5:]) / 5, 4) for k in terms})
     results.mkdir(exist_ok=True)
-    write_json(results / "heads_missing.json", facts)
-    note = HERE / "heads_missing_verdict.md"  # written by a person who read the tables
-    (results / "heads_missing.md").write_text("\n".join([(note.read_text() if note.exists() else ""), "![score and drop](heads_missing.png)", "", *text]) + "\n")
+    write_tables(facts, results)
     fig = Figure(figsize=(11, 2.9 * len(pictures)), dpi=70, layout="constrained")
     for sub, (count, kind, title) in zip(fig.subfigures(len(pictures), 1, squeeze=False)[:, 0], pictures):
         draw(sub, [l for l in count], kind, title)
@@ -301,13 +373,18 @@ def ablation(facts, results):
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--plan", type=Path, default=HERE / "heads_missing.yaml")
-    ap.add_argument("--out", type=Path, required=True)
+    ap.add_argument("--out", type=Path, default=None)
     ap.add_argument("--seeds", type=int, nargs="*", default=None)
     ap.add_argument("--kinds", nargs="*", default=("segment", "classify", "probe"))
     ap.add_argument("--regimes", nargs="*", default=tuple(REGIMES))
-    ap.add_argument("--stage", choices=("data", "pretrain", "finetune", "report", "all"), default="all")
+    ap.add_argument("--stage", choices=("data", "pretrain", "finetune", "report", "tables", "all"), default="all")
     a = ap.parse_args()
     torch.set_num_threads(1)
+    if a.stage == "tables":
+        write_tables(read_json(HERE.parent / "results" / "heads_missing.json"), HERE.parent / "results")
+        return
+    if a.out is None:
+        ap.error("--out is needed: where the runs go")
     plan = load_yaml(Plan(), a.plan)
     seeds = plan.seeds if a.seeds is None else a.seeds
     data(plan, a.out)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['seed_of', 'generator', 'field_generator', 'UserError', 'nearest', 'choose', 'check_shape', 'atomic', 'sweep',
-           'atomic_dir', 'size_text', 'disk_errno', 'disk_errors', 'die_with_parent', 'write_json', 'loads_json',
-           'read_json', 'write_jsonl', 'read_jsonl', 'sha256_file', 'site_key', 'pseudonym']
+           'atomic_dir', 'size_text', 'disk_errno', 'place_errno', 'disk_errors', 'writable', 'die_with_parent',
+           'write_json', 'loads_json', 'read_json', 'write_jsonl', 'read_jsonl', 'sha256_file', 'site_key', 'pseudonym',
+           'printable']
 
 # %% ../nbs/00_core.ipynb #2d3d079b
 import difflib
@@ -176,6 +177,17 @@ def disk_errno(e)->int:
     n = int(m[1]) if m else e.errno if isinstance(e, OSError) else 0
     return n if n in _DISK else 0
 
+_PLACE = {errno.ENOENT: 'nothing can be made there', errno.ENOTDIR: 'a file stands where a folder is needed', errno.EEXIST: 'a file stands where a folder is needed', errno.EISDIR: 'a folder stands there'}
+
+def place_errno(
+    e:BaseException,
+    path,          # where is written
+)->int:            # the number, 0 for anything else
+    "Whether an error says that this place cannot be."
+    if not isinstance(e, OSError) or e.errno not in _PLACE or not e.filename: return 0
+    at,to = (Path(os.path.abspath(os.fsdecode(p))) for p in (e.filename, path))
+    return e.errno if at == to or at in to.parents or to in at.parents and os.path.isfile(to) or re.fullmatch(r'\..+\.tmp', at.name) else 0
+
 @contextmanager
 def disk_errors(
     path,          # where is written
@@ -186,10 +198,22 @@ def disk_errors(
     "An error of the disk becomes a sentence: what, where, how much is needed and free, what to do."
     try: yield
     except Exception as e:
+        if k := place_errno(e, path): raise UserError(f'{what or "a file"} could not be written to {path}: {_PLACE[k]}', '', 'choose another place') from e
         if not disk_errno(e): raise
-        at = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
+        at = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if os.path.exists(p))     # `Path.exists` fails where one may not look
         room = f'about {size_text(need)} needed, ' if need else ''
         raise UserError(f'{what or "a file"} could not be written to {path}: {_DISK[disk_errno(e)]} ({room}{size_text(shutil.disk_usage(at).free)} free)', '', todo) from e
+
+def writable(
+    path,             # what shall appear
+    what:str,         # how to call it in the message
+    file:bool=False,  # it is a file and not a folder
+):
+    "Ask before the work: can anything be made there?"
+    path = Path(os.path.abspath(path)); at = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    if file and at == path: at = path.parent
+    with disk_errors(path, what, todo='choose another place'):
+        fd,tmp = tempfile.mkstemp(dir=at, prefix=f'.{path.name}.', suffix='.tmp'); os.close(fd); os.unlink(tmp)
 
 # %% ../nbs/00_core.ipynb #73b4fb87
 def die_with_parent(
@@ -274,4 +298,13 @@ def pseudonym(
     size:int=12,   # hex digits: 12 means one accidental clash in about 16 million subjects
 )->str:
     "A name that tells whether, not who."
-    return f'{prefix}-{hmac.new(key, text.encode(), hashlib.sha256).hexdigest()[:size]}'
+    raw = text.encode('utf-8', 'surrogatepass')   # names of files that are not UTF-8 reach Python as lone surrogates
+    return f'{prefix}-{hmac.new(key, raw, hashlib.sha256).hexdigest()[:size]}'
+
+# %% ../nbs/00_core.ipynb #49778295
+def printable(
+    text,     # a path, perhaps with bytes that are not UTF-8
+)->str:
+    "Text that every terminal takes; bytes that are no letters are spelt out."
+    spelt = lambda m: f'\\x{ord(m[0]) - 0xdc00:02x}' if '\udc80' <= m[0] <= '\udcff' else f'\\u{ord(m[0]):04x}'
+    return re.sub('[\ud800-\udfff]', spelt, str(text))

@@ -27,7 +27,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from .core import UserError, read_jsonl, size_text, write_json
+from .core import UserError, disk_errors, read_jsonl, size_text, writable, write_json
 
 # %% ../nbs/92_doctor.ipynb #fd40ba2a
 @dataclass
@@ -423,6 +423,7 @@ def doctor(
 )->dict:   # `exit`: 0, 1 or 2; `findings`
     "Every check, one after the other; says what to do."
     need = need_of(cfg.manifest) if cfg.manifest else 0
+    if cfg.out: writable(cfg.out, 'the report', True)
     checks = [('versions', check_versions), ('clock', check_clock), ('git', check_git), ('temporary files', check_temp), ('disk', lambda: check_disk(need=need)), ('limits', check_limits),
               ('codecs', check_codecs), ('viewer', check_viewer), ('processor', check_cpu), ('bfloat16', check_bfloat16), ('gpu', check_gpu)]
     say = None if cfg.json else lambda n: print(f'         self-test: {n} ...', file=sys.stderr, flush=True)
@@ -436,9 +437,10 @@ def doctor(
     code = max(dict(ok=0, warning=1, error=2)[f.status] for f in found)
     from medssl_nb import __version__
     page = dict(version=__version__, system=f'{platform.system()} {platform.machine()}', python=platform.python_version(), exit=code, findings=[asdict(f) for f in found])
-    if cfg.out: write_json(cfg.out, page)
+    if cfg.out:
+        with disk_errors(cfg.out, 'the report', todo='choose another place'): write_json(cfg.out, page)
     if cfg.json: print(json.dumps(page, indent=1))
     else:
         n = {k: sum(f.status == k for f in found) for k in ('error', 'warning')}
         print(f'\n{n["error"]} errors, {n["warning"]} warnings' + ('' if code else ': this machine is fine'))
-    return dict(out=None, exit=code, findings=found)
+    return dict(out=None if cfg.json else cfg.out, exit=code, findings=found)

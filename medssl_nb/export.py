@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WITHOUT', 'TOLERANCE', 'Holder', 'leaving', 'Form', 'dynunet_form', 'monai_network', 'basicunet_form', 'resnet_form',
-           'swin_form', 'monai_form', 'put', 'check_form', 'write_monai', 'load_monai', 'nnunet_names', 'fresh_decoder',
-           'nnunet_weights', 'nnunet_architecture', 'adaptation_plan', 'fit_patch', 'nnunet_plans', 'how_to',
-           'write_nnunet', 'ExportConfig', 'norm_note', 'export']
+           'swin_form', 'monai_form', 'must_fit', 'put', 'check_form', 'write_monai', 'drawn', 'load_monai',
+           'nnunet_names', 'fresh_decoder', 'nnunet_weights', 'nnunet_architecture', 'adaptation_plan', 'fit_patch',
+           'nnunet_plans', 'how_to', 'write_nnunet', 'ExportConfig', 'norm_note', 'export']
 
 # %% ../nbs/91_export.ipynb #efa4d532
 import copy
@@ -16,8 +16,9 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from .core import UserError, choose, disk_errors, read_json, sha256_file, write_json
+from .core import UserError, choose, disk_errors, read_json, sha256_file, writable, write_json
 from .nets.nnunet import SLOPE, ConvUnit, Row
 from .nets.registry import build_encoder
 from .nets.unet import conv_up
@@ -147,14 +148,21 @@ def monai_form(
                     'export this one --to nnunet' if net == 'resenc' else 'pre-train with --task.net plain, where the method has it; --to medssl takes every network')
 
 # %% ../nbs/91_export.ipynb #679eae36
+def must_fit(
+    net:nn.Module,  # may be a drawing, on the device `meta`
+    tensors:dict,   # name -> tensor
+):
+    "An error where a name or a shape has no place."
+    have = net.state_dict()
+    bad = [f'{k}: ' + (f'{tuple(v.shape)} against {tuple(have[k].shape)}' if k in have else 'no such tensor') for k,v in tensors.items() if k not in have or have[k].shape != v.shape]
+    if bad: raise UserError(f'{len(bad)} of {len(tensors)} tensors do not fit {type(net).__name__}: {", ".join(bad[:4])}{" …" if len(bad) > 4 else ""}', 'all of them')
+
 def put(
     net:nn.Module,  # receives
     tensors:dict,   # name -> tensor
 )->list:            # names that were not touched
     "Copy tensors in by name; a name or shape that does not fit is an error, and nothing is changed then."
-    have = net.state_dict()
-    bad = [f'{k}: ' + (f'{tuple(v.shape)} against {tuple(have[k].shape)}' if k in have else 'no such tensor') for k,v in tensors.items() if k not in have or have[k].shape != v.shape]
-    if bad: raise UserError(f'{len(bad)} of {len(tensors)} tensors do not fit {type(net).__name__}: {", ".join(bad[:4])}{" …" if len(bad) > 4 else ""}', 'all of them')
+    must_fit(net, tensors); have = net.state_dict()
     touched = {have[k].data_ptr() for k in tensors if have[k].numel()}
     with torch.no_grad():
         for k,v in tensors.items(): have[k].copy_(v)
@@ -194,24 +202,46 @@ def write_monai(
     "An encoder under MONAI's names; checked before it is written."
     from safetensors.torch import save_file
     form = monai_form(enc, classes); facts = check_form(enc, form)
-    with atomic_dir(out) as tmp:
+    with disk_errors(Path(out).parent, 'the network', sum(v.numel()*v.element_size() for v in form.tensors.values()), 'free some space and run the same command again'), atomic_dir(out) as tmp:
         save_file({k: v.detach().clone().contiguous() for k,v in form.tensors.items()}, tmp/'monai.safetensors')
         write_json(tmp/'network.json', dict(network_def={'_target_': f'monai.networks.nets.{form.network}', **form.args}, sha256=sha256_file(tmp/'monai.safetensors'),
                                             tensors=[dict(zip(('ours','theirs','what'), r)) for r in form.rows], new=facts['new']))
         write_json(tmp/'card.json', {**card, 'encoder': enc.spec(), 'exported': dict(to='monai', network=form.network, landed=facts['landed'], absorbed=facts['absorbed'], difference=max(facts['difference']))})
     return {**facts, 'network': form.network}
 
+# %% ../nbs/91_export.ipynb #1899d884
+class _Numbers(TorchFunctionMode):
+    "MONAI reads numbers off a tensor while it builds Swin; these few are computed also where nothing else is."
+    def __torch_function__(self, func, types, args=(), kwargs=None): return func(*args, **{**(kwargs or {}), **(dict(device='cpu') if func is torch.linspace else {})})
+
+def drawn(
+    name:str, args:dict,   # from a file
+    tensors:dict,          # that shall find a place in it
+    where:str,             # for the message
+    most:int=10**8,        # parameters that a network may have around a small encoder; around a large one, a hundred times its own
+):
+    "A network of a file, looked at before it gets memory."
+    wrong = lambda why: UserError(f'{where} describes no network that can be built ({why})', 'a network_def with _target_ and arguments, as it was written', 'it was edited or damaged: copy it again')
+    try:
+        with torch.device('meta'), _Numbers(): frame = monai_network(name, args)
+    except UserError: raise
+    except Exception as e: raise wrong(type(e).__name__) from e
+    must_fit(frame, tensors); n,have = sum(p.numel() for p in frame.parameters()),sum(t.numel() for t in tensors.values())
+    if n > max(most, 100*have): raise wrong(f'{n:,} parameters around an encoder of {have:,}')
+
 def load_monai(
     path,           # written by `medssl export --to monai`
     classes:int|None=None,  # outputs, if other than exported
 )->tuple:           # MONAI's network; names of what is new in it
     "MONAI's network with the encoder inside: all of it, or an error."
-    path = Path(path); facts,file = read_json(own(path, 'network.json')),own(path, 'monai.safetensors')
+    path = Path(path); facts,file = read_json(own(path, 'network.json')),own(path, 'monai.safetensors'); where = f'network.json in {path.name}'
+    what = facts.get('network_def') if isinstance(facts, dict) else None
+    if not isinstance(what, dict) or not isinstance(what.get('_target_'), str): raise UserError(f'{where} describes no network', 'a network_def with _target_ and arguments', 'copy it again')
     if sha256_file(file) != facts.get('sha256'): raise UserError(f'monai.safetensors in {path.name} does not match network.json', 'the bytes that were written', 'copy it again')
-    args = dict(facts['network_def']); name = args.pop('_target_').rpartition('.')[2]
+    args = dict(what); name = args.pop('_target_').rpartition('.')[2]; tensors = read_tensors(file)
     if classes: args['num_classes' if name == 'resnet18' else 'out_channels'] = classes
-    net = monai_network(name, args)
-    return net,put(net, read_tensors(file))
+    drawn(name, args, tensors, where); net = monai_network(name, args)
+    return net,put(net, tensors)
 
 # %% ../nbs/91_export.ipynb #3a8fbc09
 def nnunet_names(
@@ -365,6 +395,7 @@ def export(
     given = dict(classes=cfg.classes != 2, plans=cfg.plans, name=cfg.name != 'medsslPlans', patch=cfg.patch, spacing=cfg.spacing)
     if idle := [f'--{k}' for k,v in given.items() if v and k not in dict(medssl=(), monai=('classes',), nnunet=('plans','name','patch','spacing'))[cfg.to]]: raise UserError(f'{", ".join(idle)} with --to {cfg.to}', '', 'it would change nothing; leave it out')
     if Path(cfg.name).name != cfg.name or not cfg.name: raise UserError(f'--name {cfg.name!r}', 'a plain word')
+    writable(out, 'the export')
     enc,card = leaving(cfg.encoder, cfg.inputs)
     if cfg.to == 'medssl':
         export_encoder(Holder(enc), out, card)

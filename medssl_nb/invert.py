@@ -504,6 +504,7 @@ class StatisticsConfig:
     leave_out:tuple[str,...]=('test',)  # splits that must not be seen
     workers:int=0               # loader processes
     seed:int=0
+    progress:bool=True          # count the batches on standard error
 
 def stage_region(task, stage:dict, prepared)->tuple:
     "What a task of several families looks at in a stage."
@@ -523,7 +524,9 @@ def statistics(cfg:StatisticsConfig)->dict:
     run,stage = Path(cfg.model),settings.get('stage') or {}; region = stage_region(task, stage, prepared); name = stage.get('name', run.name)
     rows = choose_cases(prepared, len(region), PretrainConfig(task=task.cfg, data=cfg.data, group=cfg.group or (tuple(stage['group']) if stage.get('group') else None), leave_out=tuple({*cfg.leave_out, *stage.get('leave_out', ())})))
     cases = Cases(prepared, rows, channels=stage.get('channels') or settings.get('channels') or task.channels, region=region)
-    stats = calibrate(task, cases, cfg.batch, cfg.seed, cfg.limit, cfg.workers, stage=name)
+    bar = progress(None, 0, 'statistics', off=not cfg.progress)
+    try: stats = calibrate(task, cases, cfg.batch, cfg.seed, cfg.limit, cfg.workers, stage=name, progress=lambda k: bar.update(1))
+    finally: bar.close()
     print(f'{len(stats.sites)} sites from {stats.info["cases"]} cases of {stats.info["subjects"]} subjects' + ('' if stats.info['subjects'] >= 100 else '; fewer than 100 people: a packet refuses them, since averages over few people can give something away'))
     return dict(out=save_statistics(stats, Path(cfg.out or run/'statistics')/name))
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKET', 'KINDS', 'STILL', 'LEAST', 'own_tensors', 'copy_plain', 'provenance', 'patient_words', 'audit_words',
-           'write_packet', 'people_of', 'seal_packet', 'packet_card', 'verify_packet', 'packet_identity', 'Packet',
-           'add_audit', 'hand_over']
+           'vocabulary_words', 'write_packet', 'people_of', 'seal_packet', 'packet_card', 'verify_packet',
+           'packet_identity', 'Packet', 'add_audit', 'hand_over']
 
 # %% ../nbs/69_packet.ipynb #8ca3e9a3
 import hashlib
@@ -84,6 +84,17 @@ def audit_words(
 def _audits(dir)->dict:
     return {f.stem: {k: r.get(k) for k in ('alarm', 'decided', 'network_leaks', 'pool_sha256', 'verdict')} for f in sorted((Path(dir)/'audit').glob('*.json')) for r in [read_json(f)]}
 
+# %% ../nbs/69_packet.ipynb #88ab6e91
+def vocabulary_words(
+    stages:list,  # of a packet; the one that made the vocabulary has `words`
+)->str:           # empty where nothing reads
+    "Whose words are in it, in one sentence."
+    if not any(s.get('kind') == 'text' for s in stages): return ''
+    w = next((s['words'] for s in stages if s.get('words')), None)
+    if w is None: return 'ITS VOCABULARY was learnt from reports, and it is not written down that rare words were left out: names of patients may be among its pieces.'
+    if w.get('from'): return f'Its vocabulary ({w["pieces"]} pieces) was not learnt from these reports: {w["from"]}.'
+    return f'Its vocabulary ({w["pieces"]} pieces) was learnt from reports: from words that the reports of at least {w["people"]} persons share. Who signs the reports of many may be among them.'
+
 # %% ../nbs/69_packet.ipynb #75530c56
 def write_packet(
     out,                    # folder that shall appear
@@ -146,7 +157,7 @@ def packet_card(facts:dict)->str:
     "The packet in words."
     s = facts['settings']; rows = [f'| {i} | {g["name"]} | {g.get("kind", "")} | {", ".join(g.get("channels") or [])} | {g.get("cases", "")} | {g.get("subjects", "")} |' for i,g in enumerate(facts['stages'], 1)]
     old = [f'| {n} | {p["kind"]} | {p["cases"]} of {p.get("of", "?")} | {p.get("rule", "")} |' for n,p in facts['replay'].items()] or ['| none | | | |']
-    return '\n'.join([f'# Handover packet, after stage {len(facts["stages"])}', '', f'**{facts["patient_data_words"]}**', '', *([f'**{facts["audit_words"]}**', ''] if facts.get('audit') or any(p['kind'] == 'inverted' for p in facts['replay'].values()) else []), *[f'What layers saw in stage {g["name"]} is an average over {g["statistics"]["subjects"]} persons only, fewer than {LEAST}; somebody decided that it may travel.\n' for g in facts['stages'] if 'statistics' in g and not (g['statistics']['subjects'] or 0) >= LEAST], f'Strategy `{s.get("strategy")}`, method `{facts["method"]}`, network `{(facts["network"] or {}).get("net")}`.', '',
+    return '\n'.join([f'# Handover packet, after stage {len(facts["stages"])}', '', f'**{facts["patient_data_words"]}**', '', *([f'**{facts["audit_words"]}**', ''] if facts.get('audit') or any(p['kind'] == 'inverted' for p in facts['replay'].values()) else []), *([words, ''] if (words := vocabulary_words(facts['stages'])) else []), *[f'What layers saw in stage {g["name"]} is an average over {g["statistics"]["subjects"]} persons only, fewer than {LEAST}; somebody decided that it may travel.\n' for g in facts['stages'] if 'statistics' in g and not (g['statistics']['subjects'] or 0) >= LEAST], f'Strategy `{s.get("strategy")}`, method `{facts["method"]}`, network `{(facts["network"] or {}).get("net")}`.', '',
         '| stage | name | kind | channels | cases | subjects |', '|---|---|---|---|---|---|', *rows, '', '| old cases of | are | how many | chosen |', '|---|---|---|---|', *old, '',
         'Check it with `medssl continual verify PACKET`, go on with `medssl continual stage --from PACKET --data DATA --to NEXT`, use the encoder with `medssl finetune`. Nothing in it can run: tensors are safetensors, the rest is text and arrays.', ''])
 

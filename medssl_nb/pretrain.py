@@ -23,7 +23,7 @@ from .losses.statistics import Running, calibrate, save_statistics
 from .tasks.supervised import card_norm
 from .tasks.registry import METHODS, PRESETS, load_task, task_config
 from .train.checkpoint import latest
-from .train.trainer import TrainConfig, peak_rate, train
+from .train.trainer import TrainConfig, peak_rate, progress, train
 
 # %% ../nbs/59_pretrain.ipynb #1924ca7c
 T = TypeVar('T')
@@ -59,14 +59,14 @@ def train_defaults(
     "How the paper trained it; small presets: what a laptop finishes in minutes."
     if name == 'brainmvp' and preset.startswith('small'): return TrainConfig(steps=400, batch=8, lr=3e-3, optimizer='adamw', warmup=20, save_every=100, weight_decay=1e-5, lr_scale={'templates': 3.})
     if name == 'mim': return mim_defaults(preset)
-    if preset.startswith('small'): return TrainConfig(steps=400, batch=8, lr=1e-3, optimizer='adamw', warmup=20, save_every=100)
+    if preset.startswith('small'): return TrainConfig(steps=400, batch=8, lr=1e-3, optimizer='adamw', warmup=20, save_every=100, health_every=10 if name == 'taco' else 0)
     if name == 'pcrlv2':  # specification, section 5: 240 epochs of 9 968 pairs of volumes (batch 32) or 78 468 radiographs (batch 64); decision 4 on the rate
         steps,batch,lr = dict([('3d', (240*(9968//32), 32, 1e-3)), ('2d', (240*(78468//64), 64, 1e-2))])[preset]
         return TrainConfig(steps=steps, batch=batch, lr=lr, optimizer='sgd', momentum=.9, weight_decay=1e-4)
     if name == 'brainmvp':  # specification, section 5: 1500 epochs of 3 755 cases, 24 a step
         return TrainConfig(steps=1500*(3755//24), batch=3, accum=8, lr=3e-4, optimizer='adamw', weight_decay=1e-5, sync_batchnorm=True)
     if name == 'taco':  # specification, section 5: 50 000 steps of two people in the Swin form; --train.batch 4 for UniFormer
-        return TrainConfig(steps=50_000, batch=2, lr=3e-4, optimizer='adamw', weight_decay=.1, warmup=500, save_every=1000)
+        return TrainConfig(steps=50_000, batch=2, lr=3e-4, optimizer='adamw', weight_decay=.1, warmup=500, save_every=1000, health_every=50)
     # He et al. 2022: AdamW, betas .9 and .95, weight decay .05, warm-up of 5 %, rate 1.5e-4 for 256 images
     return TrainConfig(steps=100_000, batch=32, lr=1.5e-4, optimizer='adamw', weight_decay=.05, warmup=5000)
 
@@ -160,7 +160,7 @@ def pretrain(
         print(f'{Path(cfg.out).name} has all its {done} steps: nothing is trained, the encoder is written again' if done == cfg.train.steps else f'{Path(cfg.out).name} continues from step {done}')
     with Running(task, after=min(1 - 10/300, 1 - 1.5/cfg.train.steps)) if cfg.statistics == 'running' else nullcontext() as running: history = train(task, cases, cfg.train, cfg.out, method=cfg.method, card=card, resume=cfg.resume, config=cfg)
     lead = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    if hasattr(task, 'export') and lead and len(history) == cfg.train.steps: task.export(Path(cfg.out), rows)
+    if hasattr(task, 'export') and lead and len(history) == cfg.train.steps: task.export(Path(cfg.out), rows, prepared.info)
     if cfg.statistics != 'none' and len(history) == cfg.train.steps: leave_statistics(task, cases, Path(cfg.out), cfg.train, running, lead)
     return dict(out=Path(cfg.out), history=history, task=task)
 
@@ -170,7 +170,9 @@ def leave_statistics(task, cases, run:Path, how:TrainConfig, running=None, lead:
     if running is not None and (why := running.lack()):
         if lead: print(f'{why}, so there are no running averages: statistics of a calibration pass instead')
         running = None
-    stats = calibrate(task, cases, seed=how.seed, workers=how.workers, running=running, stage=run.name)
+    bar = progress(None, 0, 'statistics', off=not (lead and how.bar))
+    try: stats = calibrate(task, cases, seed=how.seed, workers=how.workers, running=running, stage=run.name, progress=lambda k: bar.update(1))
+    finally: bar.close()
     if lead: print(f'statistics of {len(stats.sites)} sites from {stats.info["cases"]} cases of {stats.info["subjects"]} subjects{"" if running is None else f", averages of {running.k} steps,"} in {save_statistics(stats, run/"statistics"/run.name).parent}')
 
 def input_of(task)->str|None:

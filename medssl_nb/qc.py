@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import UserError, atomic, read_jsonl
+from .core import UserError, atomic, disk_errors, printable, read_jsonl, writable
 from .data.cases import Manifest, Prepared, channel_order
 from .data.privacy import identifying, quiet_readers
 from .data.volume import ReadError, read_volume, reorient
@@ -616,8 +616,8 @@ def qc(
     if cfg.manifest is None: raise UserError('no manifest', 'a folder written by `medssl ingest`', 'medssl qc MANIFEST -o page.html')
     if cfg.cases < 0: raise UserError(f'cases is {cfg.cases}', '0 or more')
     if Path(cfg.out).is_dir(): raise UserError(f'{cfg.out} is a folder', 'a file to write, such as qc.html')
-    man = Manifest(cfg.manifest); text = page(man, cfg, gather(man, cfg))
-    with atomic(cfg.out) as t: t.write_text(text, encoding='utf-8')
+    man = Manifest(cfg.manifest); writable(cfg.out, 'the page', True); text = page(man, cfg, gather(man, cfg))
+    with disk_errors(cfg.out, 'the page', len(text), 'make room, or choose another -o; what was looked at is kept'), atomic(cfg.out) as t: t.write_text(text, encoding='utf-8')
     return dict(out=Path(cfg.out))
 
 # %% ../nbs/85_qc.ipynb #ae645e4d
@@ -635,5 +635,5 @@ def where(
     man = Manifest(cfg.manifest); ids = {cfg.file: [cfg.file]} if cfg.file.startswith('f-') else {r['case']: [f['file'] for part in ('images', 'labels') for f in (r.get(part) or {}).values() if isinstance(f, dict)] for r in man.cases}
     if cfg.file not in ids: raise UserError(f'{cfg.file} is not in this manifest', 'a file f-... or a case c-... of it')
     for f in dict.fromkeys(ids[cfg.file]):
-        for p in man.paths(f): print(p)   # the one command whose purpose is to show names
+        for p in man.paths(f): print(printable(p))   # the one command whose purpose is to show names
     return {}

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .core import UserError, choose, generator, seed_of
+from .data.stages import part
 from .tasks.base import Task, belongs, idle_zero, to_device
 
 # %% ../nbs/68_strategies.ipynb #d783fe59
@@ -62,6 +63,9 @@ class Strategy(nn.Module):
     def cost(self, new:int, old:int)->dict:
         "Passes beyond the task itself, in batches: of the student, of the teacher."
         return dict(student=0, teacher=0)
+    def after(self, cases:int, text:bool=False)->dict:
+        "Passes over single cases when the stage has ended: forward alone, and with backward."
+        return dict(forward=0, backward=0)
 
 @dataclass
 class SequentialConfig:
@@ -178,6 +182,9 @@ class Replay(Strategy):
         fd = F.mse_loss(out['student'].float(), out['teacher'].float())
         return {**terms, 'fd': fd + out['idle'] if self.cfg.objective == 'distill' else fd}
     def cost(self, new, old): return dict(student=old, teacher=old*self.teacher)
+    def after(self, cases, text=False):
+        looks = self.chosen == 'kmeans' or self.chosen == 'inverted' and (not text or self.cfg.text == 'real')      # features for k-means; what layers saw, for an inversion, whose own steps its report counts
+        return dict(forward=cases*bool(self.share and looks), backward=0)
 
 # %% ../nbs/68_strategies.ipynb #687b17a6
 @dataclass
@@ -288,6 +295,7 @@ class EWC(Strategy):
     def losses(self, task, out, v):
         terms = task.losses(out, v)
         return {**terms, 'ewc': self.cfg.lam*out['ewc']} if 'ewc' in out else terms
+    def after(self, cases, text=False): return dict(forward=min(self.cfg.samples, cases), backward=min(self.cfg.samples, cases))
     def keep(self, task, cases, seed):
         n = min(self.cfg.samples, len(cases))
         new = fisher(task, cases.loader(batch=1, seed=seed, rank=0, world=1, start=0, steps=n, workers=0, accum=1), seed)
@@ -447,7 +455,8 @@ class DERpp(Strategy):
         return terms
     def keep_answers(self, task, stage:str, batches): return {**self.kept, f'answers_{stage}': dict(answer=stored_answers(task, batches))}
     def keep(self, task, cases, seed): return dict(self.kept)
-    def cost(self, new, old): return dict(student=new*(bool(self.cfg.alpha) + bool(self.cfg.beta)), teacher=0)
+    def cost(self, new, old): return dict(student=new*bool(len(self.answers))*(bool(self.cfg.alpha) + bool(self.cfg.beta)), teacher=0)     # the first stage has nothing old
+    def after(self, cases, text=False): return dict(forward=max(part(cases, round(100*self.share, 9)), 1) if self.share and self.old == 'beside' else 0, backward=0)
 
 # %% ../nbs/68_strategies.ipynb #edc341ca
 @dataclass

@@ -14,16 +14,21 @@ from medssl_nb.core import UserError
 SEQS = (["t1", "t2", "flair"], ["t1", "t2"], ["t1", "t1c", "t2", "flair", "dwi", "adc"], ["t2"], ["t1", "flair"])
 
 
-def prepared(dir, spec=SEQS, shape=(20, 22, 18)):
-    "Small volumes in the store's form, with two, six, three and single sequences."
+def prepared(dir, spec=SEQS, shape=(20, 22, 18), mm=lambda i: (2.0, 1.0, 1.0), corner=None):
+    "Small volumes in the store's form, with two, six, three and single sequences; `corner(i)`: where voxel 0 lies, mm (x, y, z)."
     from medssl_nb.data.cases import write_case, write_index
 
     for i, chans in enumerate(spec):
         rng = np.random.default_rng(i)
         z = np.linspace(0, 1, shape[0])[:, None, None] * np.ones(shape)
         x = np.stack([np.clip((z if k % 2 else 1 - z) + 0.1 * rng.standard_normal(shape), 0, 1) for k, _ in enumerate(chans)])
-        row = dict(case=f"c-{i}", subject=f"s-{i}", session="1", split=None, group="", dims=3, channels=list(chans), spacing=[2.0, 1.0, 1.0], labels={}, fingerprint=str(i))
-        write_case(dir, row, x)
+        row = dict(case=f"c-{i}", subject=f"s-{i}", session="1", split=None, group="", dims=3, channels=list(chans), spacing=list(mm(i)), labels={}, fingerprint=str(i))
+        info = {}
+        if corner is not None:
+            a = np.eye(4)
+            a[:3, :3], a[:3, 3] = np.array([[0, 0, 1], [0, 1, 0], [1, 0, 0]]) * mm(i), corner(i)
+            info = dict(inverse=dict(resampled_affine=a.tolist(), resampled_shape=list(shape), crop=[[0, 0, 0], list(shape)]))
+        write_case(dir, row, x, info=info)
     write_index(dir)
     return Path(dir)
 
@@ -94,6 +99,19 @@ def test_templates_lie_in_the_run_as_the_encoder_saw_them(whole):
     assert im.shape == (18, 22, 20) and [float(z) for z in im.header.get_zooms()] == [1.0, 1.0, 2.0] and nib.aff2axcodes(im.affine) == ("R", "A", "S")
 
 
+def test_templates_lie_where_the_cases_do(data, tmp_path):
+    "Registered cases put their templates where they are; one that lies elsewhere, and the file says that there is no such place."
+    import nibabel as nib
+
+    from medssl_nb.core import read_json
+
+    for name, corner, space in (("one", lambda i: (-9, -11, -20), "world of the cases"), ("many", lambda i: (-9, -11 + 5 * (i == 3), -20), "middle of the grid at 0: the cases lie up to 5 voxels from where most of them do")):
+        out = run(config(prepared(tmp_path / name, corner=corner), tmp_path / f"{name}_run", 1, atlas=(22, 22, 20)))["out"] / "templates"
+        im = nib.load(out / "t2.nii.gz")
+        assert read_json(out / "templates.json")["space"] == space
+        assert np.allclose(im.affine @ [1, 0, 1, 1], (-9, -11, -20, 1) if name == "one" else (-8.5, -10.5, -19, 1))  # 22 - 20 slices and 20 - 18 columns: one before, one after
+
+
 def test_the_encoder_goes_on_with_its_templates(whole):
     "Export -> another number of channels -> a segmentation that fills what is missing."
     from medssl_nb.core import generator
@@ -121,7 +139,7 @@ def test_the_encoder_goes_on_with_its_templates(whole):
     assert predict_missing(task, torch.rand(2, 20, 22, 18), torch.tensor([True, False])).shape == (1, 20, 22, 18)
 
 
-def outlined(dir, n=8, shape=(20, 22, 18)):
+def outlined(dir, n=8, shape=(20, 22, 18), mm=(2.0, 1.0, 1.0)):
     "Cases with a bright cube to outline; every third has no flair."
     from medssl_nb.data.cases import write_case, write_index
 
@@ -132,7 +150,7 @@ def outlined(dir, n=8, shape=(20, 22, 18)):
         y[0, a[0] : a[0] + 7, a[1] : a[1] + 7, a[2] : a[2] + 7] = 1
         chans = ["t2", "flair"] if i % 3 else ["t2"]
         x = np.stack([np.clip(0.3 + 0.5 * y[0] + 0.05 * rng.standard_normal(shape), 0, 1) for _ in chans])
-        row = dict(case=f"o-{i}", subject=f"p-{i}", session="1", split=None, group="", dims=3, channels=chans, spacing=[2.0, 1.0, 1.0], labels={}, fingerprint=str(i))
+        row = dict(case=f"o-{i}", subject=f"p-{i}", session="1", split=None, group="", dims=3, channels=chans, spacing=list(mm), labels={}, fingerprint=str(i))
         write_case(dir, row, x, y)
     write_index(dir)
     return Path(dir)
@@ -190,6 +208,20 @@ def test_bad_data_is_refused_before_a_network_is_built(spec, task, says, tmp_pat
     with pytest.raises(UserError, match=says.replace("(", r"\(").replace(")", r"\)")):
         run(config(prepared(tmp_path / "d", spec), tmp_path / "run", **task))
     assert not (tmp_path / "run").exists()
+
+
+def test_cases_of_different_voxels_are_refused(whole, tmp_path):
+    "For pre-training among themselves, for fine-tuning beside the templates."
+    thick = prepared(tmp_path / "d", mm=lambda i: (5.0 if i == 2 else 2.0, 1.0, 1.0))
+    with pytest.raises(UserError, match="those of c-0 are 2 x 1 x 1 mm, those of c-2 5 x 1 x 1 mm.*--spacing 2 1 1 --crop centred"):
+        run(config(thick, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    from medssl_nb.eval.transfer import FinetuneConfig, resolve
+
+    fine = dict(arms=dict(brainmvp=str(whole["out"])), channels=("t2",), missing="template", templates=whole["out"] / "templates", budgets=(2,), seeds=(0,), val=0.0)
+    resolve(FinetuneConfig(data=outlined(tmp_path / "same"), **fine))
+    with pytest.raises(UserError, match=r"those of o-\d are 1 x 1 x 1 mm, those of the templates 2 x 1 x 1 mm"):
+        resolve(FinetuneConfig(data=outlined(tmp_path / "thin", mm=(1.0, 1.0, 1.0)), **fine))
 
 
 def test_the_command_line_says_which_sequence_was_meant(data, tmp_path):

@@ -73,11 +73,75 @@ def test_unknown_flag_names_the_nearest(tmp_path):
         assert code == 2 and re.search(r"--modality|--spacing|--train\.steps", err), err
 
 
+def test_wrong_value_names_the_nearest(tmp_path):
+    "Where a setting takes one of a few words, a slip of the finger is answered like a wrong command."
+    for words, says in (
+        (("export", tmp_path, "--to", "mona"), ["--to 'mona' is not known", "did you mean 'monai'?"]),
+        (("pretrain", tmp_path, "--preset", "small3d", "--train.optimizer", "adamww"), "did you mean 'adamw'?"),
+        (("prepare", tmp_path, "--crop", "centered"), "did you mean 'centred'?"),
+        (("prepare", tmp_path, "--order=2"), "expected one of 0, 1, 3"),
+        (("ingest", tmp_path, "--progress", "Flase"), "did you mean 'False'?"),
+        (("continual", "run", "--resume", "alto"), "did you mean 'auto'?"),
+    ):
+        refused(*words, says=says)
+    code, out, err = medssl("pretrain", tmp_path, "--preset", "small3d", "--train.steps", "ten")  # a number is a number
+    assert code == 2 and "ten" in err and "Traceback" not in err
+
+
 def test_wrong_path(tmp_path):
     (tmp_path / "scans").mkdir()
     refused("ingest", tmp_path / "scanz", "-o", tmp_path / "m", says=["scanz", "did you mean"])
     refused("prepare", tmp_path / "nothing", "-o", tmp_path / "p", says="nothing")
     refused("pretrain", tmp_path / "nothing", "--preset", "small3d", "-o", tmp_path / "r", says="medssl prepare")
+
+
+def test_no_place_and_no_room(tmp_path, monkeypatch):
+    "A place where nothing can be made is refused before the work; a disk that is full at its end is a sentence, too."
+    import errno
+    import os
+
+    import medssl_nb.data.ingest as ing
+    import medssl_nb.data.phantom as phantom
+    import medssl_nb.export as ex
+    import medssl_nb.qc as qc
+    from medssl_nb.nets.registry import build_encoder
+    from medssl_nb.train.checkpoint import export_encoder
+
+    nifti(tmp_path / "scans" / "a_t1.nii.gz", np.random.default_rng(0).random((6, 6, 6)).astype(np.float32))
+    (tmp_path / "file").write_text("in the way")
+    export_encoder(ex.Holder(build_encoder(dict(net="plain", in_channels=1, widths=[4, 8, 8], dims=3))), tmp_path / "enc", dict(region=[16] * 3))
+    quiet = ("--workers", "0", "--progress", "False")
+    assert medssl("ingest", tmp_path / "scans", "-o", tmp_path / "m", *quiet)[0] == 0
+    there = [(("ingest", tmp_path / "scans", *quiet), "the manifest"), (("qc", tmp_path / "m", *quiet), "the page"), (("samples",), "the samples"), (("doctor", "--selftest", "False"), "the report"),
+             *((("export", tmp_path / "enc", "--to", to), "the export") for to in ("medssl", "monai", "nnunet"))]
+    before = sorted(tmp_path.rglob("*"))
+    for words, what in there:
+        refused(*words, "-o", tmp_path / "file" / "x", says=[f"{what} could not be written", "a file stands where a folder is needed"])
+        if os.path.isdir("/proc/self"):  # where even root makes nothing
+            refused(*words, "-o", "/proc/x", says=[f"{what} could not be written to /proc/x", "nothing can be made there"])
+    assert sorted(tmp_path.rglob("*")) == before
+
+    def full(*a, **k):
+        raise OSError(errno.ENOSPC, "No space left on device", "x")
+
+    monkeypatch.setattr(ing, "write_manifest", full)
+    monkeypatch.setattr(qc, "atomic", full)
+    monkeypatch.setattr(phantom, "write_heads", full)
+    monkeypatch.setattr(ex, "atomic_dir", full)
+    for words, what in there[:3] + there[5:]:
+        refused(*words, "-o", tmp_path / "new", says="the disk is full")
+        import shutil
+
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)
+
+
+def test_the_report_of_the_doctor_is_named(tmp_path):
+    code, out, err = medssl("doctor", "--selftest", "False", "-o", tmp_path / "r.json")
+    assert out.splitlines()[-1] == str(tmp_path / "r.json") and (tmp_path / "r.json").is_file()
+    code, out, err = medssl("doctor", "--selftest", "False", "--json", "-o", tmp_path / "s.json")
+    import json
+
+    assert json.loads(out) == json.loads((tmp_path / "s.json").read_text())
 
 
 def test_empty_folder(tmp_path):

@@ -127,6 +127,56 @@ def test_stage_by_stage_at_three_sites_is_the_same(journey, root):
     refused("continual", "stage", "--from", b, "--data", root / "ct", "--name", "ct", "--to", root / "x", "--task.width", "64", "--task.heads", "2", says=["holds another network", "width is 32 there and 64 here"])
 
 
+def test_no_patient_is_named_in_the_vocabulary(root):
+    "The reports of one person name her three times, those of two persons name a third; packets of a strategy that keeps no case hold neither name, in whole or in part."
+    from medssl_nb.core import read_jsonl, write_jsonl
+    from medssl_nb.data.cases import write_index
+    from medssl_nb.data.text import unpack_tokenizer
+    from medssl_nb.packet import Packet
+
+    named = root / "named"
+    (named / "volumes").mkdir(parents=True)
+    write_index(named)
+    rows = read_jsonl(root / "report" / "reports.jsonl")
+    told = [dict(r, case=f"n-{i}", subject=s, split="train", text=f"{w} has a small nodule in the left lower lobe. {r['text']}") for i, (s, w, r) in enumerate([("n-s0", "kowalczykowska", r) for r in rows[:3]] + [(f"n-s{1 + i % 2}", "quistgaard", r) for i, r in enumerate(rows[3:7])])]
+    write_jsonl(named / "reports.jsonl", rows + told)
+    code, out, err = medssl("continual", "run", plan(root, root / "named_out", stages=[dict(name="report", data=str(named))], strategy="sequential", settings={}, name="named.yaml", score=dict(scores=[])))
+    assert code == 0 and "of their words are shared by fewer than 5 persons, and are spelt" in out, out + err
+    p = Packet(root / "named_out" / "packets" / "01_report")
+    pieces = {w.removeprefix("##") for w in unpack_tokenizer(p.model()["encoder.words"]).t.get_vocab()}
+    known = " ".join(WORDS)
+    assert "nodule" in pieces and not [w for w in pieces if len(w) > 2 and w in "kowalczykowska quistgaard" and w not in known]
+    assert not p.facts["patient_data"] and p.stages[0]["words"]["people"] == 5
+    said = "learnt from reports: from words that the reports of at least 5 persons share"
+    code, out, err = medssl("continual", "verify", p.path)
+    assert code == 0 and said in out and said in (p.path / "README.md").read_text()
+
+
+def test_a_tokenizer_from_elsewhere(root):
+    "Named in the plan by its file; what travels is the words and a digest, not the path."
+    from medssl_nb.data.text import train_tokenizer, unpack_tokenizer
+    from medssl_nb.packet import Packet
+
+    (root / "words").mkdir()
+    tok = train_tokenizer([" ".join(WORDS)] * 3, 150)
+    (root / "words" / "tokenizer.json").write_text(tok.to_json())
+    score = dict(scores=[])
+    code, out, err = medssl("continual", "run", plan(root, root / "given", stages=("report",), strategy="sequential", settings={}, task=dict(TASK, tokenizer=str(root / "words")), name="given.yaml", score=score, steps=2))
+    assert code == 0, err
+    p = Packet(root / "given" / "packets" / "01_report")
+    assert unpack_tokenizer(p.model()["encoder.words"]) == tok and str(root) not in (p.path / "packet.json").read_text()
+    name = p.settings["task"]["tokenizer"]
+    assert name.startswith("sha256:") and f"was not learnt from these reports: {name}" in (p.path / "README.md").read_text()
+    code, out, err = medssl("continual", "stage", "--from", p.path, "--data", root / "xr", "--to", root / "given_next", "--steps", "2", "--train.workers", "0")
+    assert code == 0 and "nothing was scored" in out, err
+    code, out, err = medssl("continual", "run", plan(root, root / "pictures", stages=("xr",), strategy="sequential", settings={}, task=dict(TASK, tokenizer=str(root / "words")), name="given.yaml", score=score, steps=2))
+    late = ["continual", "stage", "--from", root / "pictures" / "packets" / "01_xr", "--data", root / "report", "--to", root / "late", "--steps", "2", "--train.workers", "0"]
+    refused(*late, says=["reads with a tokenizer of its own", "--task.tokenizer tokenizer.json"])
+    code, out, err = medssl(*late, "--task.tokenizer", root / "words")
+    assert code == 0 and Packet(root / "late").stages[-1]["words"]["from"] == name, err
+    refused("continual", "run", plan(root, root / "no_words", stages=("report",), task=dict(TASK, tokenizer=str(root / "xr")), name="given.yaml"), says="no tokenizer at")
+
+
 def test_a_packet_that_was_touched_is_refused(journey, root):
     source = journey / "packets" / "02_xr"
 
@@ -238,6 +288,76 @@ def test_killed_in_the_second_stage_equals_unbroken(root):
     assert row("unbroken") == row("killed")
 
 
+SHAPES = dict(pcrlv2=dict(net="plain", widths=(4, 8, 8), region=(32, 32), size=(32, 32), local_size=(16, 16)), brainmvp=dict(region=(32, 32)), taco=dict(region=(32, 32)))
+
+
+@pytest.fixture(scope="module")
+def sequences(tmp_path_factory):
+    "Three sites with other sequences of the same kind of picture."
+    from medssl_nb.data.cases import write_case, write_index
+
+    root = tmp_path_factory.mktemp("sequences")
+    for name, channels in dict(a=("t1", "t2"), b=("t1", "t1c", "t2", "flair"), c=("t1c", "flair"), d=("t1", "flair")).items():
+        rng = np.random.default_rng(0)
+        for i in range(6):
+            x = rng.random((len(channels), 1, 32, 32)).astype(np.float32) * 0.1 + 0.2 * (1 + np.array([("t1", "t1c", "t2", "flair").index(c) for c in channels]))[:, None, None, None]
+            x[..., :4, :] = 0
+            row = dict(case=f"{name}-{i}", subject=f"{name}-s{i}", session="", group="", split="test" if i < 2 else "train", dims=2, channels=list(channels), spacing=[1.0, 1.0, 1.0], labels={}, fingerprint=str(i))
+            write_case(root / name, row, x, info=dict(intensity={}))
+        write_index(root / name)
+    return root
+
+
+def two_sites(root, method, strategy, stages, settings=None, out="out"):
+    from medssl_nb.continual import ContinualConfig, ScoreConfig, StageConfig, common, run
+
+    base = common(method, "small2d", strategy)
+    base["task"] = replace(base["task"], **SHAPES[method])
+    base["settings"] = replace(base["settings"], **(settings or {}))
+    base["train"] = replace(base["train"], batch=2, workers=0, bar=False, tensorboard=False, device="cpu", save_every=0)
+    plan = ContinualConfig(**{**base, "steps": 3, "stages": tuple(StageConfig(s, root / s) for s in stages), "out": root / out, "score": ScoreConfig(scores=("own", "refit", "cka"), cases=3, refit_steps=1)})
+    return run(plan)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", SHAPES)
+def test_each_method_with_old_cases_of_other_sequences(sequences, method):
+    "Packet and scores of two stages, the second with more sequences than the first."
+    got = two_sites(sequences, method, "medcoss", "ab", dict(share=0.5, centres=0.25, ratio=0.5), out=method)
+    assert [s["channels"] for s in got["packet"].stages] == [["t1", "t2"], ["t1", "t1c", "t2", "flair"]] and set(got["packet"].replay()) == {"a", "b"}
+    assert {(r["after"], r["stage"]) for r in got["rows"] if r["score"] == "own"} == {(1, 1), (2, 1), (2, 2)} and all(np.isfinite(r["value"]) for r in got["rows"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_templates_and_old_cases_meet_by_name(sequences):
+    "BrainMVP has a template for each sequence: an old T2 trains the template of T2, wherever that lies; what cannot meet is refused before the first step."
+    from medssl_nb.continual import ContinualConfig, Scene, StageConfig, StageData, common, old_fit
+    from medssl_nb.core import UserError
+    from medssl_nb.data.cases import read_batch
+    from medssl_nb.packet import Packet
+
+    for strategy, settings in dict(er=dict(share=0.5, ratio=0.5), derpp=dict(share=0.5), joint={}).items():
+        got = two_sites(sequences, "brainmvp", strategy, "ab", settings, out=f"met_{strategy}")
+        assert {(r["after"], r["stage"]) for r in got["rows"] if r["score"] == "own"} >= {(2, 1), (2, 2)}, strategy
+    for stages, strategy, says in (("ac", "er", "show t1, t2, and this stage has places for t1c, flair"), ("ad", "derpp", "have answers to t1, t2, and this stage has no place for t2")):
+        with pytest.raises(UserError, match=says):
+            two_sites(sequences, "brainmvp", strategy, stages, dict(share=0.5), out=f"not_{strategy}")
+        assert not list((sequences / f"not_{strategy}").glob("stages/02*"))
+    before = Packet(sequences / "met_er" / "packets" / "01_a")
+    base = common("brainmvp", "small2d", "er")
+    for stage, real in dict(b=["t1", "t2"], d=["t1"]).items():  # equal numbers of sequences, too
+        cfg = ContinualConfig(**{**base, "steps": 3, "differ": True, "task": replace(base["task"], **SHAPES["brainmvp"])})
+        scene = Scene(cfg, StageData(StageConfig(stage, sequences / stage)), before, 2)
+        batch, names = read_batch(scene.old["a"], [(0, 0), (1, 0)]), scene.task.channels
+        for i, c in enumerate(names):
+            level = batch["image"][:, i, 8:].mean().item()
+            assert batch["present"][:, i].tolist() == [c in real] * 2 and abs(level - (0.2 * (1 + ["t1", "t1c", "t2", "flair"].index(c)) + 0.05 if c in real else 0)) < 0.03, (stage, c, level)
+    with pytest.raises(UserError, match=r"are as large as \(32, 32\), and the atlas of this stage is \(16, 16\)"):
+        from medssl_nb.continual import old_fit
+
+        old_fit(type("T", (), dict(channels=("t1", "t2"), cfg=type("C", (), dict(atlas=(16, 16)))()))(), scene.strategy, before.stages[0], scene.old["a"].rows)
+
+
 @dataclass
 class PlainConfig:
     "A task that draws nothing."
@@ -301,7 +421,7 @@ def make_plain():
     return torch
 
 
-TWO = dict(er=dict(share=0.5, ratio=0.4), medcoss=dict(share=0.5, centres=0.2, ratio=0.4, mixup=False), derpp=dict(share=0.5), cassle=dict(hidden=16), ewc=dict(samples=6, lam=1.0), packnet={}, joint={}, fsdp=dict(share=0.5, centres=0.2, ratio=0.4, mixup=False),
+TWO = dict(sequential={}, lwf={}, er=dict(share=0.5, ratio=0.4), medcoss=dict(share=0.5, centres=0.2, ratio=0.4, mixup=False), derpp=dict(share=0.5), cassle=dict(hidden=16), ewc=dict(samples=6, lam=1.0), packnet={}, joint={}, fsdp=dict(share=0.5, centres=0.2, ratio=0.4, mixup=False),
            invcoss=dict(share=0.5, centres=0.2, ratio=0.4, mixup=False, few=True))  # the last for test_invcoss
 
 
@@ -343,10 +463,59 @@ def test_two_processes_equal_one(root):
             assert any((x[k] - start[k]).abs().max() > 1e-3 for k in x), "nothing was learnt: the comparison says nothing"
 
 
+def families(root, out):
+    "Reports, pictures, volumes: two steps each by one network, every process on its own cases. After each step all processes must hold the same weights."
+    import torch
+    import torch.distributed as dist
+
+    from medssl_nb.config import cli
+    from medssl_nb.continual import plan_settings, run
+    from medssl_nb.strategies import ContinualTask
+
+    real, idle = ContinualTask.after_step, ContinualTask.before_step
+    seen = []
+
+    def before(self, step):
+        idle(self, step)
+        gone = torch.tensor([p.grad is None for p in self.task.parameters()]).double()
+        compare(self, step, "what has no gradient", gone)
+        seen.append(int(gone.sum()))
+
+    def after(self, step):
+        real(self, step)
+        compare(self, step, "weights", torch.stack([p.detach().double().sum() for p in self.task.parameters()]))
+
+    def compare(task, step, what, mine):
+        if dist.is_initialized():
+            both = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+            dist.all_gather(both, mine)
+            odd = (both[0] != both[1]).nonzero()[:, 0].tolist()
+            assert not odd, f"{what}: the processes differ at step {step} in {[n for n, _ in task.task.named_parameters()][odd[0]]}"
+
+    ContinualTask.before_step, ContinualTask.after_step = before, after
+    run(cli(*plan_settings(["--config", str(root / "families.yaml"), "--out", str(out)])))
+    assert len(set(seen)) > 1 and min(seen) > 0, seen  # each family leaves other parts untouched
+    print(f"agreed {len(seen)}")
+
+
+def test_two_processes_agree_on_what_no_family_reached(root):
+    plan(root, root / "families", stages=("report", "xr", "ct"), settings=dict(share=0.5, centres=0.2, ratio=0.4), name="families.yaml", steps=2, train=dict(LOOP, batch=2, optimizer="adamw", save_every=0), score=dict(scores=[]))
+    out = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, "families", str(root)], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert out.returncode == 0, out.stderr[-4000:]
+    rows = [[json.loads(r) for r in open(f)] for f in sorted((root / "families" / "stages").glob("*/history.jsonl"))]
+    assert [sum(1 - r["old"] for r in rs) for rs in rows] == [2, 2, 2] and sum(r["old"] for rs in rows for r in rs) >= 2
+    assert out.stdout.count(f"agreed {sum(map(len, rows))}") == 2 and out.stdout.count("4 cases a step over 2 processes") == 3
+    from medssl_nb.packet import Packet
+
+    assert [s["kind"] for s in Packet(root / "families" / "packets" / "03_ct").stages] == ["text", "2d", "3d"]
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE))
     if sys.argv[1] == "nursery":
         nursery(sys.argv[2], int(sys.argv[3]))
+    elif sys.argv[1] == "families":
+        families(Path(sys.argv[2]), Path(sys.argv[2]) / "families")
     else:
         sys.modules["test_continual"] = sys.modules["__main__"]
         two_plans(Path(sys.argv[2]), Path(sys.argv[2]) / "two_processes", 4, sys.argv[3:])

@@ -30,7 +30,9 @@ SEARCH = """Quistgaard Zebulon MRN-7788321 7788321 19441231 Ferrabosco Larkspind
 SN-0042-XKCD Vantongeren Okonjavu Szathmarics Haverbrooke Ullsteinberg Brontovel Pettigrove Winterhalde 498.55501 498.11101 498.22202 498.33303 498.44404 ISSUERZQ9 Majorzq Ethnozq Occupazq Carrowmore Glenfinnock Tressilium Yarborough Entwhistley
 Privatezq Blockzq Sequenzq Nestzq AETITLEZQ Preamblezq Typezq Foldzqdicom Filezqdcm
 Descripzq Auxfilzq Intentzq Dbnamezq Extensizq Sidecarzq Lindqvarn Sessionzq 1987-03-21 Filezqnii Nrrdzq Mhazq Pngzq Ztxtzq Exifzq Jpegcomzq Picfilezq Ottenwald PID-550077 550077 Tablezq
+Parnamezq Parexamzq 2004.03.28 Parprotozq Parfilezq Headlesszq 19480117 Crookedzq Unlatinzq
 Truncazq Notniftizq Emptyzq Danglingzq Brokendcmzq Npzzq Foldbroken Listzq Metazq Reppatzq Repdobzq 1951-11-30 REPMRN881 Repfilezq Scanroot""".split()
+FOLDER = "Outfoldzq"  # stands in the folder that the user chose for what is made: it may be printed, and written nowhere
 REPORT = "Fenwickzq"  # stands in the text of a report, which is training data and kept
 
 
@@ -104,7 +106,7 @@ def plant(root):
     info.add_text("Patient", "Pngzq"), info.add_text("Comment", "Ztxtzq", zip=True)
     exif = Image.Exif()
     exif[0x010E], exif[0x013B] = "Exifzq", "Exifzq the photographer"
-    for i in range(6):
+    for i in range(30):  # enough persons for an audit
         im = Image.fromarray(rng.integers(0, 255, (40, 36), dtype=np.uint8))
         im.save(pics / f"Picfilezq{i}_cxr.png", pnginfo=info) if i % 2 else im.save(pics / f"Picfilezq{i}_cxr.jpg", exif=exif, comment=b"Jpegcomzq")
     with open(root / "labels.csv", "w", newline="") as f:
@@ -112,6 +114,9 @@ def plant(root):
         w.writerow(["file", "class", "patient_id", "patient_name"])
         for i in range(6):
             w.writerow([f"Picfilezq{i}_cxr." + ("png" if i % 2 else "jpg"), "Dr. Ottenwald: sick" if i == 5 else ("well", "sick")[i % 2], f"PID-550077{i}", "Tablezq"])
+    philips(root / "mr" / "Parfilezq_t2s")
+    (pics / os.fsdecode(b"Unlatinzq\xfc_cxr.png")).write_bytes((pics / "Picfilezq1_cxr.png").read_bytes()[:-9])  # a name that is no UTF-8, and a picture that is cut off
+    (root / "other" / "labels.csv").write_text("Crookedzq Anna,19480117,well,one cell more\n" + "x" * 140_000 + "\n")  # without a header, and with a cell that has no end
     broken = root / "Foldbroken_Quistgaard"
     nifti(broken / "Truncazq" / "t1.nii.gz", blob(2))
     whole = (broken / "Truncazq" / "t1.nii.gz").read_bytes()
@@ -123,9 +128,30 @@ def plant(root):
     (broken / "Danglingzq_t1.nii.gz").symlink_to(broken / "Quistgaard_gone.nii.gz")
 
 
+def philips(path):
+    "A pair of PAR and REC; the text says who it was."
+    import re
+
+    import nibabel
+
+    data = Path(nibabel.__file__).parent / "tests" / "data" / "phantom_EPI_asc_CLEAR_2_1"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = data.with_suffix(".PAR").read_text()
+    for line, word in (("Patient name", "Parnamezq Quistgaard"), ("Examination name", "Parexamzq"), ("Examination date/time", "2004.03.28 / 09:34:12"), ("Protocol name", "Parprotozq")):
+        text, n = re.subn(rf"({line} +: +).*", rf"\g<1>{word}", text)
+        assert n == 1
+    path.with_suffix(".PAR").write_text(text)
+    path.with_suffix(".REC").write_bytes(data.with_suffix(".REC").read_bytes())
+
+
+def place(tmp):
+    return tmp / FOLDER
+
+
 def commands(root, tmp):
     "The journey, as a user types it."
-    out = tmp / "out"
+    out = place(tmp)
+    (tmp / "key").write_text("33" * 32)  # who is put aside for testing follows from it
     (tmp / "lists").mkdir()
     (tmp / "lists" / "Listzq.json").write_text(json.dumps({"training": [{"image": str(root / "Lindqvarn_Oskar0/ses-1987-03-21/Filezqnii_t1.nii.gz"), "label": str(root / "Lindqvarn_Oskar0/ses-1987-03-21/Filezqnii_seg.nii.gz"), "patient": "Metazq"},
                                                                        {"image": str(root / "Foldbroken_Quistgaard/gone_t1.nii.gz")}]}))
@@ -134,9 +160,10 @@ def commands(root, tmp):
         w.writerow(["patient_id", "name", "born", "mrn", "report"])
         w.writerows([["Reppatzq", "Repdobzq", "1951-11-30", "REPMRN881", f"The lungs are clear. Seen with Dr {REPORT}."], ["Reppatzq2", "Repdobzq", "1951-11-30", "REPMRN881", ""]])
     tiny = ["--train.steps", "2", "--train.batch", "2", "--train.workers", "1", "--train.warmup", "0", "--task.widths", "4", "8", "8", "8", "--task.region", "16", "16", "16"]
+    (tmp / "Headlesszq.csv").write_text("Headlesszq Anna,19480117,well\nQuistgaard Zebulon,19441231,sick\n")
     fit = ["--budgets", "2", "--seeds", "0", "--steps", "2", "--batch", "2", "--region", "16", "16", "16", "--val", "0", "--group", "zqset", "--leave-unlabelled", "True"]
     return [
-        ["ingest", root, "--labels", root / "labels.csv", "--modality-map", "cxr", "xr", "--group", "zqset", "-o", out / "m"],
+        ["ingest", root, "--labels", root / "labels.csv", "--modality-map", "cxr", "xr", "--group", "zqset", "--key", tmp / "key", "-o", out / "m"],
         ["ingest", tmp / "lists" / "Listzq.json", "-o", out / "ml", "--modality", "t1"],
         ["ingest", tmp / "Repfilezq.csv", "-o", out / "mr", "--text-columns", "report"],
         ["prepare", out / "m", "-o", out / "p", "--size", "32", "--workers", "2"],
@@ -146,7 +173,29 @@ def commands(root, tmp):
         ["pretrain", out / "p", "--method", "mae", "--preset", "small3d", "-o", out / "runs" / "a", *tiny],
         ["finetune", out / "p", "-o", out / "f", "--arms", "mine", out / "runs" / "a", *fit],
         ["export", out / "runs" / "a", "-o", out / "exported"],
+        # a table without a header: its first patient must not be told
+        [2, "ingest", root / "xray", "--labels", tmp / "Headlesszq.csv", "-o", out / "refused"],
+        [2, "ingest", root / "xray", "--table", tmp / "Headlesszq.csv", "-o", out / "refused"],
+        [2, "ingest", tmp / "Headlesszq.csv", "--text-columns", "report", "-o", out / "refused"],
+        [2, "ingest", root / "xray", "--labels", tmp / "Headlesszq.csv", "--label-columns", "class", "-o", out / "refused"],
+        # what travels: pictures through two stages, images made instead of patients, and everything that is written about them
+        ["prepare", out / "m", "-o", out / "p2", "--size", "32", "--modalities", "xr", "t1", "--test-share", "0.45"],
+        ["continual", "run", plan(tmp), "-o", out / "cont"],
+        ["continual", "verify", out / "cont" / "packets" / "02_volumes"],
+        ["statistics", out / "cont" / "stages" / "01_films", "--data", out / "p2", "-o", out / "statistics"],
+        ["invert", out / "cont" / "packets" / "01_films", "-o", out / "pool", "--n", "2", "--how.steps", "2", "--how.z-channels", "4", "--how.widths", "8", "8", "8", "--how.cache", "4", "4", "4", "--how.bar", "False", "--device", "cpu"],
+        [1, "audit", out / "cont" / "packets" / "02_volumes", "--against", out / "p2", "-o", out / "audit", "--nearest", "2", "--draws", "9", "--repeats", "1"],  # it decides nothing with so few persons
     ]
+
+
+def plan(tmp):
+    "Radiographs, then volumes, by one small network; of the radiographs an inverted pool goes on."
+    made = dict(batch=4, steps=4, lr=5e-3, z_channels=4, widths=[8, 8, 8], cache=[4, 4, 4], bar=False, save_every=2)
+    task = dict(region2d=[32, 32], region3d=[16, 16, 16], patch2d=8, patch3d=8, width=32, depth=2, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2, vocab=200, text_length=24)
+    loop = dict(batch=2, workers=0, bar=False, device="cpu", save_every=2)
+    stages = [dict(name="films", data=str(place(tmp) / "p2"), kind="2d", channels=["xr"]), dict(name="volumes", data=str(place(tmp) / "p2"), kind="3d", channels=["t1"], group=["zqset"])]
+    (tmp / "plan.yaml").write_text(json.dumps(dict(method="mim", preset="small_unified", strategy="invcoss", settings=dict(share=1.0, centres=0.1, few=True, last=False, invert=made), task=task, steps=3, train=loop, score=dict(scores=["own", "refit"], refit_steps=2, cases=4), stages=stages)))  # JSON is YAML
+    return tmp / "plan.yaml"
 
 
 SCRIPT = """
@@ -169,17 +218,18 @@ def journey(tmp_path_factory):
     root = tmp / "Scanroot_Quistgaard"  # even the folder that is given has a name in it
     root.mkdir()
     plant(root)
-    (tmp / "out").mkdir()
-    words = [[str(w) for w in c] for c in commands(root, tmp)]
+    place(tmp).mkdir()
+    asked = [c if isinstance(c[0], int) else [0, *c] for c in commands(root, tmp)]
+    words = [[str(w) for w in c[1:]] for c in asked]
     (tmp / "words.json").write_text(json.dumps(words))
     env = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "MEDSSL_SHOW_PATHS")}
-    r = subprocess.run([sys.executable, "-c", SCRIPT, tmp / "words.json", tmp / "codes.json"], capture_output=True, env={**env, "OMP_NUM_THREADS": "1"}, cwd=tmp / "out", timeout=900)
-    (tmp / "out" / "log_stdout.txt").write_bytes(r.stdout)
-    (tmp / "out" / "log_stderr.txt").write_bytes(r.stderr)
+    r = subprocess.run([sys.executable, "-c", SCRIPT, tmp / "words.json", tmp / "codes.json"], capture_output=True, env={**env, "OMP_NUM_THREADS": "1"}, cwd=place(tmp), timeout=900)
+    (place(tmp) / "log_stdout.txt").write_bytes(r.stdout)
+    (place(tmp) / "log_stderr.txt").write_bytes(r.stderr)
     codes = json.loads((tmp / "codes.json").read_text()) if (tmp / "codes.json").is_file() else []
     said = r.stdout.decode(errors="replace")[-3000:] + r.stderr.decode(errors="replace")[-6000:]
-    assert codes == [0] * len(words), ([(w[0], c) for w, c in zip(words, codes)], said)
-    picture(tmp / "out")
+    assert codes == [c[0] for c in asked], ([(w[0], c) for w, c in zip(words, codes)], said)
+    picture(place(tmp))
     return tmp, root
 
 
@@ -201,10 +251,10 @@ def test_the_planted_words_are_there(journey):
     from medssl_nb.data.privacy import find_leaks
 
     tmp, root = journey
-    found = {r["word"] for r in find_leaks(tmp, SEARCH, skip=("out",))}
+    found = {r["word"] for r in find_leaks(tmp, SEARCH, skip=(FOLDER,))}
     missing = {w for w in SEARCH if w not in found}
     assert not missing, f"never planted: {missing}"
-    assert find_leaks(tmp / "out" / "m" / "private", ["Lindqvarn"]), "the way back is kept"
+    assert find_leaks(place(tmp) / "m" / "private", ["Lindqvarn"]), "the way back is kept"
 
 
 def test_nothing_leaves(journey):
@@ -212,11 +262,14 @@ def test_nothing_leaves(journey):
     from medssl_nb.data.privacy import find_leaks
 
     tmp, _ = journey
-    out = tmp / "out"
+    out = place(tmp)
     files = [p for p in out.rglob("*") if p.is_file() and "private" not in p.relative_to(out).parts]
     kinds = {p.suffix for p in files}
     assert {".jsonl", ".json", ".b2nd", ".html", ".png", ".safetensors", ".yaml", ".txt", ".md"} <= kinds and any("tfevents" in p.name for p in files), kinds
-    leaks = find_leaks(out, SEARCH)
+    travels = {p.relative_to(out).as_posix() for p in files}
+    assert {"cont/packets/02_volumes/packet.json", "cont/packets/02_volumes/README.md", "cont/packets/02_volumes/replay/films/provenance.json", "cont/packets/02_volumes/statistics/films.json", "cont/packets/02_volumes/audit/films.html", "cont/result.md", "cont/plan.yaml",
+            "statistics/films.json", "pool/provenance.json", "audit/audit.html", "runs/a/config.yaml", "f/config.yaml"} <= travels, sorted(travels)
+    leaks = [r for r in find_leaks(out, [*SEARCH, FOLDER]) if r["word"] != FOLDER or not r["file"].startswith("log_std")]
     assert not leaks, "\n".join(f"{r['file']} ({r['where']}): {r['word']} as {r['written']}" for r in leaks[:40])
 
 
@@ -225,7 +278,7 @@ def test_everything_was_used(journey):
     from medssl_nb.data.cases import Manifest
 
     tmp, _ = journey
-    m = Manifest(tmp / "out" / "m")
+    m = Manifest(place(tmp) / "m")
     kinds = {p["kind"] for p in m.problems}
     assert {"truncated", "unreadable", "empty", "burned-in", "label-identity"} <= kinds, kinds
     formats = {f["format"] for c in m.cases for f in c["images"].values()}
@@ -241,7 +294,7 @@ def test_the_log_tells_how_to_find_a_file(journey):
     from medssl_nb.cli import main
 
     tmp, root = journey
-    log = (tmp / "out" / "log_stdout.txt").read_text()
+    log = (place(tmp) / "log_stdout.txt").read_text()
     ids = {w.strip(":") for w in log.split() if w.startswith("f-") and len(w.strip(":")) == 14}
     assert ids and "medssl where MANIFEST f-" in log
     import contextlib
@@ -249,10 +302,10 @@ def test_the_log_tells_how_to_find_a_file(journey):
 
     from medssl_nb.data.cases import Manifest
 
-    one = sorted(ids & {p["file"] for p in Manifest(tmp / "out" / "m").problems})[0]
+    one = sorted(ids & {p["file"] for p in Manifest(place(tmp) / "m").problems})[0]
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        assert main(["where", str(tmp / "out" / "m"), one]) == 0
+        assert main(["where", str(place(tmp) / "m"), one]) == 0
     assert all(os.path.lexists(p) and Path(p).is_relative_to(root) for p in said.getvalue().split("\n") if p)
 
 
@@ -260,7 +313,7 @@ def test_reports_keep_their_text_and_only_there(journey):
     "What is stated is true: the words of a report are in reports.jsonl, and nowhere else; users are told."
     from medssl_nb.data.privacy import find_leaks
 
-    out = journey[0] / "out"
+    out = place(journey[0])
     assert {r["file"] for r in find_leaks(out, [REPORT])} == {"pr/reports.jsonl"}
     assert "It may hold names" in (out / "qcr.html").read_text()
     assert "Text burned into pixels" in (out / "qc.html").read_text()
@@ -293,7 +346,7 @@ def test_an_error_of_ours_does_not_quote(journey, monkeypatch, capfd):
         raise RuntimeError(f"cannot stack {next(iter(paths.values()))[0]}")
 
     monkeypatch.setattr(prep, "build_case", bad)
-    prep.prepare(prep.PrepareConfig(manifest=str(tmp / "out" / "m"), out=str(tmp / "q"), limit=2, progress=False))
+    prep.prepare(prep.PrepareConfig(manifest=str(place(tmp) / "m"), out=str(tmp / "q"), limit=2, progress=False))
     both = "".join(capfd.readouterr())
     assert "RuntimeError" in both and "in bad" in both and "Quistgaard" not in both and "Lindqvarn" not in both and "MEDSSL_SHOW_PATHS" in both
 

@@ -79,3 +79,41 @@ def test_what_cannot_be_asked(heads, tmp_path):
     assert r.returncode == 2 and "subsets of the single sequence t1" in r.stderr
     r = run(heads, tmp_path / "r", "--missing", "template", "--kind", "classify", "--target", "place")
     assert r.returncode == 2 and "missing=template without templates" in r.stderr
+
+
+def test_label_maps_are_read_by_their_edition(tmp_path):
+    "Label maps of 2023 (enhancing tumour: 3): the edition gives WT, TC and ET; that of 2018, or its regions typed out, is refused before anything is trained."
+    from medssl_nb.core import read_jsonl
+    from medssl_nb.data.cases import write_case, write_index
+    from medssl_nb.nets.unet import UNetEncoder
+    from medssl_nb.train.checkpoint import export_encoder
+
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        y = np.zeros((1, 1, 16, 16), np.uint8)
+        y[..., 2:13, 2:13], y[..., 4:11, 4:11], y[..., 6:9, 6:9] = 2, 1, 3
+        row = dict(case=f"c-{i}", subject=f"s-{i}", session="", split="test" if i > 3 else "train", group="", dims=2, channels=["flair"], spacing=[1.0] * 3, labels={}, fingerprint="")
+        write_case(tmp_path / "data", row, (0.2 * y + 0.05 * rng.standard_normal(y.shape)).astype(np.float32), y)
+    write_index(tmp_path / "data")
+    h = torch.nn.Module()
+    h.encoder = UNetEncoder(1, (4, 8), dims=2)
+    export_encoder(h, tmp_path / "enc", dict(method="toy", input="zscore"))
+    base = [MEDSSL, "finetune", str(tmp_path / "data"), "--arms", "toy", str(tmp_path / "enc"), *"--budgets 2 --seeds 0 --steps 2 --batch 2 --predictions 0 --device cpu --bar False".split()]
+    ask = lambda out, *more: subprocess.run([*base, "--out", str(tmp_path / out), *more], capture_output=True, text=True, timeout=200)
+    said = lambda r: " ".join((r.stdout + r.stderr).replace("│", " ").split())
+    (tmp_path / "old.yaml").write_text("regions: [[1, 2, 4], [1, 4], [4]]\n")
+    for k, (more, says) in enumerate(
+        [
+            (("--config", str(tmp_path / "old.yaml")), "no label map holds 4, which is to be outlined"),
+            (("--edition", "2018"), "6 cases hold label values outside [0, 1, 2, 4]"),
+        ]
+    ):
+        r = ask(f"old{k}", *more)
+        assert r.returncode and says in said(r) and "--edition 2023" in said(r), said(r)
+        assert not (tmp_path / f"old{k}" / "cells").exists()
+    (tmp_path / "c.yaml").write_text("edition: 2023\nsubsets: false\n")  # a number for YAML
+    for out, more in (("new", ("--edition", "2023", "--missing", "zero")), ("file", ("--config", str(tmp_path / "c.yaml")))):
+        r = ask(out, *more)
+        assert r.returncode == 0, said(r)
+        assert {q["class"] for q in read_jsonl(tmp_path / out / "rows.jsonl")} == {"WT", "TC", "ET"}
+        assert {q["class"]: q["voxels_ref"] for q in read_jsonl(tmp_path / out / "rows.jsonl")} == dict(WT=121, TC=49, ET=9)

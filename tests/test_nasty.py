@@ -86,12 +86,16 @@ def test_good_originals_are_read(tmp_path):
 
 def test_odd_things_in_a_folder(tmp_path):
     "Empty files, folders that look like files, dead links, links in a circle and to another disk, pipes, locked files and folders, a broken description, names in other scripts."
+    import SimpleITK as sitk
+    from PIL import Image
     d = tmp_path/'odd'; (d/'t1.nii.gz').mkdir(parents=True); (d/'empty_t1.nii').touch(); (d/'empty.dcm').touch()
     x = np.random.default_rng(0).normal(size=(9, 8, 7)).astype(np.float32)
+    sitk.WriteImage(sitk.GetImageFromArray(x), str(tmp_path/'itk.nrrd')); Image.fromarray(np.arange(99, dtype=np.uint8).reshape(9, 11)).save(tmp_path/'grey.png')
     nib.save(nib.Nifti1Image(x, np.eye(4)), d/'t1.nii.gz'/'患者_t1 (copy).nii.gz')
     (d/'dead_t2.nii').symlink_to(d/'nowhere'); (d/'circle').symlink_to(d); os.mkfifo(d/'pipe_t1.nii'); os.mkfifo(d/'pipe')
     secret = d/'locked_t2.nii'; nib.save(nib.Nifti1Image(x, np.eye(4)), secret); secret.chmod(0); (d/'dataset.json').write_text('{"modality": {"0": "T1w"')
     (tmp_path/'disk').mkdir(); nib.save(nib.Nifti1Image(x + 1, np.eye(4)), tmp_path/'disk'/'carl_flair.nii.gz'); (d/'far').symlink_to(tmp_path/'disk'); (d/'again').symlink_to(tmp_path/'disk')
+    for name in (b'M\xfcller_cxr.png', b'M\xfcller_t2.nrrd'): Path(os.fsdecode(os.path.join(os.fsencode(d), name))).write_bytes((tmp_path/('grey.png' if name.endswith(b'png') else 'itk.nrrd')).read_bytes())      # from a disk that is older than UTF-8
     start = time.monotonic(); m = run(d, tmp_path/'m', timeout=20)
     assert time.monotonic() - start < 60, 'a pipe was opened and waited for'
     kinds = {p.name: r['kind'] for r in m.problems for p in m.paths(r['file'])}
@@ -99,6 +103,38 @@ def test_odd_things_in_a_folder(tmp_path):
     assert {kinds[k] for k in ('pipe_t1.nii', 'pipe')} == {'format'} and kinds['dataset.json'] == 'ignored'
     assert [p.name for c in m.cases for f in c['images'].values() for p in m.paths(f['file'])].count('carl_flair.nii.gz') == 1
     if os.geteuid(): assert kinds['locked_t2.nii'] == 'unreadable'
+    odd = os.fsdecode(b'M\xfcller_'); assert kinds[odd + 't2.nrrd'] == 'name' and odd + 'cxr.png' in {p.name for c in m.cases for f in c['images'].values() for p in m.paths(f['file'])}
+
+
+def test_names_that_are_no_text(tmp_path):
+    "From the folder to the prepared set and back to the name, in a process whose terminal takes UTF-8 alone; also where real names are asked for, and from a list that holds what no disk can."
+    from PIL import Image
+    d = tmp_path/'scans'; (d/'in').mkdir(parents=True); odd = os.fsdecode(b'J\xf6rg'); (d/'in').rename(d/odd); Image.fromarray(np.arange(99, dtype=np.uint8).reshape(9, 11)).save(d/odd/os.fsdecode(b'M\xfcller_cxr.png')); (d/os.fsdecode(b'b\xe4d_t1.nii')).write_bytes(b'no')
+    (tmp_path/'l.json').write_text(json.dumps([f'scans/{odd}/' + os.fsdecode(b'M\xfcller_cxr.png'), 'a\ud800.nii.gz']))
+    script = """
+import sys
+from medssl_nb.cli import main
+from medssl_nb.data.cases import Manifest
+t = sys.argv[1]; say = lambda *w: main(list(w)) == 0 or sys.exit(f'failed: {w[0]}')
+say('ingest', t + '/scans', '-o', t + '/m', '--workers', '0', '--progress', 'False'); say('ingest', t + '/l.json', '-o', t + '/ml', '--workers', '0', '--progress', 'False')
+say('prepare', t + '/m', '-o', t + '/p', '--workers', '0', '--progress', 'False'); say('qc', t + '/m', '-o', t + '/q.html', '--progress', 'False')
+say('where', t + '/m', Manifest(t + '/m').cases[0]['case'])
+"""
+    for shown in ('', '1'):
+        r = subprocess.run([sys.executable, '-c', script, tmp_path], capture_output=True, env={**os.environ, 'PYTHONIOENCODING': 'utf-8', 'MEDSSL_SHOW_PATHS': shown})
+        assert r.returncode == 0, r.stderr.decode()[-2000:]
+        assert rb'scans/J\xf6rg/M\xfcller_cxr.png' in r.stdout and (rb'b\xe4d_t1.nii' in r.stdout) == bool(shown)
+    assert len(list((tmp_path/'p'/'volumes').glob('*.b2nd'))) == 1 and {p['kind'] for p in map(json.loads, (tmp_path/'ml'/'problems.jsonl').read_text().splitlines())} == {'missing'}
+
+
+@pytest.mark.parametrize('text, said', [('file,class\na_t1.nii.gz,well,extra\nb_t1.nii.gz,sick\n', ''), ('file,class\na_t1.nii.gz,' + 'x'*140_000 + '\n', 'cannot be taken apart'), ('Quistgaard Zebulon;19441231;well\n', 'no rows below its header'), ('Quistgaard,1944\nDoe,1950\n', 'names an image'), ('', 'no rows below')])
+def test_crooked_labels_that_nobody_named(tmp_path, text, said):
+    "A `labels.csv` with a cell too many, a cell without end, without a header, empty: the images arrive, and a row says why the table was no use."
+    d = tmp_path/'d'; d.mkdir(); (d/'labels.csv').write_text(text)
+    for n in 'ab': nib.save(nib.Nifti1Image(np.random.default_rng(ord(n)).normal(size=(9, 8, 7)).astype(np.float32), np.eye(4)), d/f'{n}_t1.nii.gz')
+    m = run(d, tmp_path/'m', workers=0); reasons = [p['reason'] for p in m.problems]
+    assert len(m) == 2 and accounted(m) | {d/'labels.csv'} == set(d.iterdir()) and not any('Quistgaard' in r for r in reasons)
+    assert [said in r for r in reasons] == [True] if said else not reasons and sorted(c['labels']['class'] for c in m.cases) == ['sick', 'well']
 
 
 def test_locked_folder():

@@ -291,6 +291,32 @@ def test_scheduler_by_address(scans, tmp_path, monkeypatch):
         run(man, tmp_path / "none", workers=None, scheduler=address)
 
 
+def test_a_worker_elsewhere_logs_no_path(tmp_path):
+    "What goes wrong on a worker of somebody's cluster becomes a row: Dask would log the whole job, with the folders and files of patients in it."
+    import json
+
+    man = study(tmp_path / "Quistgaard_Zebulon", {f"p{i}": noise(i) for i in range(3)})
+    (tmp_path / "broken.py").write_text("import medssl_nb.data.prepare as p\n\n\ndef bad(*a):\n    raise RuntimeError('cannot store Quistgaard_Zebulon')\n\n\np.store = bad\n")
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), MEDSSL_SHOW_PATHS="")
+    log = open(tmp_path / "worker.txt", "wb")
+    start = lambda what, *a: subprocess.Popen([sys.executable, "-m", f"distributed.cli.dask_{what}", "--scheduler-file", str(tmp_path / "scheduler.json"), *a], env=env, stdout=log, stderr=log, cwd=tmp_path)
+    procs = [start("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")]
+    try:
+        while not (tmp_path / "scheduler.json").exists():
+            assert procs[0].poll() is None
+            time.sleep(0.1)
+        procs.append(start("worker", "--nthreads", "1", "--no-dashboard", "--no-nanny", "--preload", str(tmp_path / "broken.py")))
+        s = run(man, tmp_path / "out", workers=None, scheduler=json.loads((tmp_path / "scheduler.json").read_text())["address"])
+    finally:
+        for p in procs[::-1]:
+            p.kill()
+            p.wait()
+        log.close()
+    said = (tmp_path / "worker.txt").read_text()
+    assert s["problems"] == {"unexpected": 3} and s["cases"] == 0
+    assert "RuntimeError" in said and "in bad" in said and "Quistgaard" not in said.replace(str(tmp_path), ""), said
+
+
 def test_cases_of_earlier_runs_are_counted(tmp_path, capsys):
     """Fewer cases than last time: the index shrinks, and that is said."""
     from medssl_nb.data.prepare import PrepareConfig, prepare

@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'MR_KINDS', 'CONTRAST', 'LABEL', 'NOISE', 'PAIRS', 'IMAGE_DIRS', 'LABEL_DIRS', 'VISIT', 'FIELDS',
-           'DICOM_MODALITY', 'OTHER_MODALITY', 'NOT_IMAGES', 'LOCALISER', 'TEXT_COLUMNS', 'NO_MODALITY', 'SUBJECTS',
-           'CLASSES', 'ROLES', 'LAYOUTS', 'WANTED', 'IGNORED', 'SIDECARS', 'UNKNOWN', 'SERIES', 'words', 'modality_of',
-           'Item', 'Problem', 'walk', 'pair_files', 'cut_visit', 'is_label', 'label_name', 'stem', 'name_item',
-           'channel_names', 'match_labels', 'find_named', 'compile_pattern', 'find_pattern', 'find_bids',
+           'DICOM_MODALITY', 'OTHER_MODALITY', 'NOT_IMAGES', 'LOCALISER', 'TEXT_COLUMNS', 'HEADERS', 'NO_MODALITY',
+           'SUBJECTS', 'CLASSES', 'ROLES', 'LAYOUTS', 'WANTED', 'IGNORED', 'SIDECARS', 'UNKNOWN', 'SERIES', 'words',
+           'modality_of', 'Item', 'Problem', 'walk', 'pair_files', 'cut_visit', 'is_label', 'label_name', 'stem',
+           'name_item', 'channel_names', 'match_labels', 'find_named', 'compile_pattern', 'find_pattern', 'find_bids',
            'dicom_modality', 'dicom_key', 'file_size', 'split_series', 'dicom_facts', 'series_of', 'find_dicom',
-           'spread', 'read_table', 'read_text', 'find_npz', 'find_text', 'pick_column', 'label_value', 'join_labels',
-           'find_table', 'listed_items', 'there', 'whole_pairs', 'own_labels', 'list_file', 'find_list', 'by_name',
-           'IngestConfig', 'check_config', 'bids_roots', 'find_volumes', 'why_ignored', 'not_ours', 'find_safely',
-           'find_items', 'find_label_dir', 'probe_item', 'probe_text', 'pick_frames', 'probe_series', 'by_grid',
-           'make_cases', 'join_grids', 'Names', 'hide_words', 'case_row', 'ingest', 'use_labels', 'say_whose', 'twins',
-           'same_source', 'summary']
+           'spread', 'read_table', 'decode', 'is_header', 'tell_columns', 'no_column', 'read_text', 'find_npz',
+           'find_text', 'pick_column', 'label_value', 'join_labels', 'find_table', 'listed_items', 'there',
+           'whole_pairs', 'own_labels', 'list_file', 'find_list', 'by_name', 'IngestConfig', 'check_config',
+           'bids_roots', 'find_volumes', 'why_ignored', 'not_ours', 'find_safely', 'find_items', 'find_label_dir',
+           'probe_item', 'probe_text', 'pick_frames', 'probe_series', 'by_grid', 'make_cases', 'join_grids', 'Names',
+           'hide_words', 'case_row', 'ingest', 'use_labels', 'say_whose', 'twins', 'same_source', 'summary']
 
 # %% ../../nbs/16_data.ingest.ipynb #fa4eaf0b
 import csv
 import hashlib
+import io
 import os
 import re
 from collections import Counter
@@ -28,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import UserError, choose, loads_json, nearest, pseudonym, read_json, site_key
+from ..core import UserError, choose, disk_errors, loads_json, nearest, printable, pseudonym, read_json, site_key, writable
 from .cases import MODALITIES, channel_order, write_manifest
 from .privacy import identifying, quiet_readers, safe_words, show_paths
 from .lists import locate, read_list
@@ -400,14 +401,43 @@ def read_table(
     path,
 )->list:       # rows as dicts of text
     "A CSV or TSV with a header; comma, semicolon or tab."
-    try: text = Path(path).read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError: text = Path(path).read_text(encoding='latin-1')
+    try: raw = Path(path).read_bytes()
     except OSError: raise ReadError('no table there', kind='missing', name=str(path)) from None
-    head = text.partition('\n')[0]
-    rows = list(csv.DictReader(text.splitlines(keepends=True), delimiter=max(',;\t', key=head.count)))
+    text = decode(raw); head = re.split('[\r\n]', text, maxsplit=1)[0]
+    try: rows = list(csv.DictReader(io.StringIO(text, newline=''), delimiter=max(',;\t', key=head.count)))    # lines end where CSV says, not at every break of Unicode
+    except csv.Error: raise ReadError('the table cannot be taken apart; a quotation mark may be open, or a cell longer than 131,072 characters', kind='unreadable', name=str(path)) from None
     if not rows: raise ReadError('the table has no rows below its header', kind='empty', name=str(path))
-    return [{(k or '').strip(): (v if isinstance(v, str) else '').strip() for k,v in r.items()} for r in rows]
+    return [{(k or '').strip(): (v or '').strip() for k,v in r.items() if k is not None} for r in rows]       # cells beyond the header have no column
 
+def decode(raw:bytes)->str:
+    "Text of a table: UTF-8, or what Windows wrote, or at least every byte."
+    for how in ('utf-8-sig', 'cp1252', 'latin-1'):
+        try: return raw.decode(how)
+        except UnicodeDecodeError: pass
+
+# %% ../../nbs/16_data.ingest.ipynb #09dc38b5
+HEADERS = set('id ids uid name names file files filename path paths image images img index key patient patients subject subjects participant person case study series session visit scan date birth born dob mrn accession age sex gender '
+    'class classes label labels target diagnosis finding findings report reports text impression modality contrast kind role split group fold set view position side score grade stage'.split())
+
+def is_header(
+    names,       # first row of a table
+)->bool:
+    "Whether the first row reads like names of columns, and none of them like a patient."
+    known = any(w and set(w) <= HEADERS for n in names if (w := re.findall('[a-z]+', n.lower())))
+    return known and not any(map(identifying, names)) and all(re.fullmatch(r"([^\W\d][\w .,:()\[\]/#%&+*=<>'-]{0,39})?", n) for n in names)
+
+def tell_columns(
+    names,       # first row of a table
+)->str:          # for a message
+    "The columns of a table, unless its first row is not a header but a patient."
+    return ', '.join(names) if is_header(names) else f'{len(names)} column{"s"[:len(names) != 1]}, whose names are not shown: does the table have a header?'
+
+def no_column(what, asked, names):
+    "The error for a column that is not there."
+    near = nearest(asked, names) if is_header(names) else None
+    return UserError(f'{what} {asked!r} is not in the table', f'one of {tell_columns(names)}', f'did you mean {near!r}?' if near else '')
+
+# %% ../../nbs/16_data.ingest.ipynb #86f587da
 @lru_cache(maxsize=2)
 def _table(path, mtime): return read_table(path)
 
@@ -438,7 +468,7 @@ def find_text(path, cfg, **known):
     rows = read_table(path); names = list(rows[0])
     cols = list(cfg.text_columns) or [c for c in names if c.lower() in TEXT_COLUMNS]
     for c in cols:
-        if c not in names: raise UserError(f'text column {c!r} is not in the table', 'one of ' + ', '.join(names), f'did you mean {nearest(c, names)!r}?' if nearest(c, names) else '')
+        if c not in names: raise no_column('text column', c, names)
     if not cols: return [],[Problem([path], 'ignored', 'a table without a column of reports', 'warning')]
     who = pick_column(names, cfg.columns.get('subject'), SUBJECTS); items,problems = [],[]
     for k,r in enumerate(rows):
@@ -454,7 +484,7 @@ CLASSES = ('class', 'label', 'target', 'diagnosis', 'finding_labels')
 def pick_column(names, asked, usual):
     "The column asked for, or the first usual one."
     if asked:
-        if asked not in names: raise UserError(f'column {asked!r} is not in the table', 'one of ' + ', '.join(names), f'did you mean {nearest(asked, names)!r}?' if nearest(asked, names) else '')
+        if asked not in names: raise no_column('column', asked, names)
         return asked
     return next((n for u in usual for n in names if n.lower() == u), None)
 
@@ -492,7 +522,7 @@ def join_labels(
                 if r[c]: v = label_value(r[c]); i.values['class' if len(classes) == 1 else c] = [str(v)] if c in multi and not isinstance(v, list) else v
             if who and r[who] and who != file: i.subject = r[who]
             if split and r[split]: i.split = r[split]
-    if len(problems) == len(rows): raise UserError('no row of the table of labels names an image', f'file names, stems or subjects in one of the columns {", ".join(names)}', 'name the column with --columns path COLUMN')
+    if len(problems) == len(rows): raise UserError('no row of the table of labels names an image', f'file names, stems or subjects in one of the columns: {tell_columns(names)}', 'name the column with --columns path COLUMN')
     return problems
 
 # %% ../../nbs/16_data.ingest.ipynb #15c6e679
@@ -505,7 +535,7 @@ def find_table(
     rows = read_table(cfg.table); names = list(rows[0]); root = Path(cfg.src) if cfg.src and Path(cfg.src).is_dir() else Path(cfg.table).parent
     for k in cfg.columns: choose(k, ('path', *FIELDS, 'group', 'item'), 'column')
     col = {k: pick_column(names, cfg.columns.get(k), (k,)) for k in ('path', 'subject', 'session', 'case', 'modality', 'role', 'split', 'group', 'item')}
-    if not col['path']: raise UserError(f'the table has columns {", ".join(names)}', "one that is called 'path'", "name it with --columns path COLUMN")
+    if not col['path']: raise UserError(f'the table has columns: {tell_columns(names)}', "one that is called 'path'", "name it with --columns path COLUMN")
     for c in cfg.label_columns: pick_column(names, c, ())
     items,problems = [],[]
     for r in rows:
@@ -877,7 +907,7 @@ class Names:
         return f
     def shown(self, paths):
         "A file as a message may name it: by its pseudonym, unless `MEDSSL_SHOW_PATHS` is set."
-        return os.path.relpath(paths[0], self.root) + (f' and {len(paths)-1} more' if len(paths) > 1 else '') if show_paths() else self.file(paths)
+        return printable(os.path.relpath(paths[0], self.root)) + (f' and {len(paths)-1} more' if len(paths) > 1 else '') if show_paths() else self.file(paths)
     def of(self, text, prefix): return pseudonym(self.key, self._relative(str(text)), prefix)
     def _relative(self, t):
         "Names made of paths must not change when the folder moves."
@@ -909,13 +939,14 @@ def ingest(
     cfg,        # `IngestConfig`
 )->dict:        # counts, and `out`
     "Make a manifest of a folder; ends with a table of what was found."
-    check_config(cfg); whole = lambda p: Path(os.path.abspath(p)) if p else None
+    check_config(cfg); writable(cfg.out, 'the manifest'); whole = lambda p: Path(os.path.abspath(p)) if p else None
     cfg = replace(cfg, src=whole(cfg.src), table=whole(cfg.table), labels=whole(cfg.labels), label_dir=whole(cfg.label_dir))   # pseudonyms must not depend on where one stands
     items,problems,layout,root = find_items(cfg)
     for i in items:
         if i.role == 'image' and cfg.modality and i.modality in (None, 'mr') and not i.claim: i.modality = cfg.modality
     labels,problems = use_labels(items, problems, root, layout, cfg)
-    names = Names(site_key(cfg.key or Path(cfg.out)/'private'/'key'), root); problems += hide_words(items, names.key, cfg)
+    with disk_errors(cfg.key or cfg.out, 'the key of the site', todo='make room, or choose another place'): names = Names(site_key(cfg.key or Path(cfg.out)/'private'/'key'), root)
+    problems += hide_words(items, names.key, cfg)
     groups = {}
     for i,got in zip(items, spread(partial(probe_item, cfg=cfg), items, 'opening files', cfg)):
         found,more = ([], [Problem(i.paths, got.kind, got.reason)]) if isinstance(got, Lost) else got; problems += more
@@ -935,7 +966,7 @@ def ingest(
     from medssl_nb import __version__
     keep = dict(modality=cfg.modality, resample_to_reference=cfg.resample_to_reference, verify=cfg.verify, label_columns=list(cfg.label_columns), text_columns=list(cfg.text_columns), columns=dict(cfg.columns))
     counts = dict(cases=len(rows), subjects=len({r['subject'] for r in rows}), files=len({(f, p) for f in names.rows for p in names.rows[f]['paths']}), problems=dict(Counter(p.kind for p in problems)))
-    write_manifest(cfg.out, rows, listed, dict(version=__version__, layout=layout, counts=counts, options=keep), list(names.rows.values()))
+    with disk_errors(cfg.out, 'the manifest', todo='make room, or choose another --out, and ingest again'): write_manifest(cfg.out, rows, listed, dict(version=__version__, layout=layout, counts=counts, options=keep), list(names.rows.values()))
     print(summary(rows, problems, names))
     if not rows: raise UserError(f'no case came out of {len(items)} images', 'at least one', 'the problems above say why')
     return dict(out=str(cfg.out), layout=layout, **counts)
@@ -946,13 +977,15 @@ def use_labels(items, problems, root, layout, cfg):
     if layout in ('dicom', 'npz', 'text', 'table', 'nnssl', 'monai') and not cfg.labels: return [],problems
     found = [cfg.labels] if cfg.labels else [p.paths[0] for p in problems if p.kind == 'ignored' and p.paths[0].name.lower() == 'labels.csv']
     if not found and (root.parent/'labels.csv').is_file(): found = [root.parent/'labels.csv']
-    used,more = [],[]
+    used,more,why = [],[],{}
     for p in found:
         mine = items if cfg.labels else [i for i in items if i.paths[0].is_relative_to(p.parent)]
         try: more += join_labels(mine, p, cfg); used.append(p)
-        except UserError:
+        except Exception as e:
             if cfg.labels or cfg.label_columns or cfg.columns: raise
-    return used,[p for p in problems if not (p.kind == 'ignored' and p.paths[0] in used)] + more
+            why[p] = getattr(e, 'reason', '') or getattr(e, 'came', '') or f'it cannot be read ({type(e).__name__})'     # it was only found: the images come without it
+    told = lambda p: replace(p, reason=f'{p.reason}; as a table of labels it was no use: {why[p.paths[0]]}') if p.kind == 'ignored' and p.paths[0] in why else p
+    return used,[told(p) for p in problems if not (p.kind == 'ignored' and p.paths[0] in used)] + more
 
 def say_whose(items, problems, names):
     "Contours, doses and segmentation objects name the image they belong to, by its pseudonym."

@@ -907,8 +907,7 @@ def write_samples(
     progress:bool=True,   # show a bar
 )->Path:                  # the folder
     "Write the collection."
-    from tqdm import tqdm
-    from medssl_nb.core import read_json, sha256_file, write_json
+    from medssl_nb.core import disk_errors, read_json, writable
     root = Path(cfg.out); counts = {k: getattr(cfg, k) for k in ('heads','cts','head_series','xrays','tiles','reports')}
     for k,v in counts.items():
         if v < 0: raise UserError(f'{k} is {v}', '0 or more')
@@ -918,7 +917,14 @@ def write_samples(
     if root.exists() and not root.is_dir(): raise UserError(f'{root} is a file', 'a folder to write to')
     if mark.exists() and read_json(mark).get('settings') != settings: raise UserError(f'{root} holds samples made with other settings', '', 'choose another folder, or delete this one')
     if not mark.exists() and root.exists() and any(root.iterdir()): raise UserError(f'{root} is not empty', 'a new or empty folder', 'choose another --out')
-    write_json(mark, dict(settings=settings, files=None))
+    writable(root, 'the samples')
+    with disk_errors(root, 'the samples', todo='make room and run the same command again'): return _write_all(root, cfg, settings, counts, progress)
+
+def _write_all(root, cfg, settings, counts, progress):
+    "All of them, behind a bar; the mark comes first, and last with what there is."
+    from tqdm import tqdm
+    from medssl_nb.core import sha256_file, write_json
+    mark = root/'samples.json'; write_json(mark, dict(settings=settings, files=None))
     with tqdm(total=cfg.heads + cfg.cts + cfg.head_series + cfg.xrays + cfg.tiles, desc='samples', disable=not progress) as bar:
         if cfg.heads: write_heads(root/'bids', cfg, bar)
         write_dicoms(root/'dicom', cfg, bar); write_images(root, cfg, bar); write_reports(root, cfg)

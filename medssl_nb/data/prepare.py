@@ -34,7 +34,7 @@ from ..config import to_dict
 from ..core import UserError, choose, disk_errors, read_json, sweep, write_json, write_jsonl
 from .cases import MODALITIES, Manifest, channel_order, damage, pack_case, pack_mark, put_files, read_mark, split_by_subject, store, text_table, write_index
 from .ingest import read_text
-from .privacy import quiet_readers, safe_traceback
+from .privacy import quiet_readers, safe_traceback, show_paths
 from .volume import Grid, ReadError, Volume, open_volume, orient, orient_grid, read_volume, reorient, resample, sha256_files, spaced_grid
 
 # %% ../../nbs/17_data.prepare.ipynb #8d63281b
@@ -338,14 +338,19 @@ def prepare_group(
     cfg:PrepareConfig,
     out,           # prepared folder
     token:str,     # the words in its lock: who may write
-)->list:           # results of `prepare_one` without the files, with `i`, the number; or one with `stop`, the number of a disk error
-    "Some cases, stored together."
-    done = [dict(prepare_one(row, paths, cfg, fp), i=i) for i,row,paths,fp in jobs]
-    files = [(r['case'], r.pop('files')) for r in done if 'files' in r]
+)->list:           # results of `prepare_one` without the files, with `i`, the number; or one with `stop`, the number of a disk error, or with `refused`, the parts of a `UserError`
+    "Some cases, stored together; it raises nothing, because Dask would log the whole job, and with it the names of files."
     try:
-        if files: store(out, files, lambda: (Path(out)/'.lock').read_text() == token)
-    except OSError as e: return [dict(case=files[0][0], stop=e.errno or errno.EIO, need=sum(r.get('bytes', 0) for r in done))]
-    return done
+        done = [dict(prepare_one(row, paths, cfg, fp), i=i) for i,row,paths,fp in jobs]
+        files = [(r['case'], r.pop('files')) for r in done if 'files' in r]
+        try:
+            if files: store(out, files, lambda: (Path(out)/'.lock').read_text() == token)
+        except OSError as e: return [dict(case=files[0][0], stop=e.errno or errno.EIO, need=sum(r.get('bytes', 0) for r in done))]
+        return done
+    except UserError as e: return [dict(case=jobs[0][1]['case'], refused=[e.came, e.expected, e.todo])]
+    except Exception as e:
+        print(safe_traceback(e), file=sys.stderr)
+        return [dict(case=row['case'], i=i, problem=dict(case=row['case'], kind='unexpected', reason=f'{type(e).__name__} while storing', severity='error')) for i,row,*_ in jobs]
 
 # %% ../../nbs/17_data.prepare.ipynb #cc5e1a2c
 @contextmanager
@@ -463,7 +468,8 @@ def result(f):
     if f.status == 'finished': return f.result()
     e = f.exception() if f.status == 'error' else None
     if e is None or isinstance(e, KilledWorker): return None
-    raise UserError(f'a worker could not do its work ({type(e).__name__}: {e})', 'the same version of everything on every machine', 'what is prepared stays: run the same command again') from None
+    said = f': {e}' if isinstance(e, (ImportError, AttributeError)) or show_paths() else ''      # others may quote the job
+    raise UserError(f'a worker could not do its work ({type(e).__name__}{said})', 'the same version of everything on every machine', 'what is prepared stays: run the same command again') from None
 
 # %% ../../nbs/17_data.prepare.ipynb #5b1da5b4
 LEFT,TEXT,DUE,DONE,STALE = range(5)     # of another modality; a report; to prepare; up to date; up to date, with a new class, split or group
@@ -639,6 +645,7 @@ def _work(plan, workers, token, need):
     with tqdm(total=len(todo), desc='prepare', unit='case', disable=not plan.cfg.progress) as bar, closing(_results(plan, workers, token)) as results:
         try:
             for r in results:
+                if 'refused' in r: raise UserError(*r['refused'])
                 if 'stop' in r:
                     left = (size/seen if seen else need['bytes']/total if need else 0)*(total - seen)
                     with disk_errors(plan.out, f'case {r["case"]}', int(max(left, r['need'])), todo='make room and run the same command again: what is prepared stays'): raise OSError(r['stop'], os.strerror(r['stop']))

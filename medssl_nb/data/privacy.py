@@ -227,7 +227,7 @@ def find_leaks(
     for p in sorted(folder.rglob('*')):
         rel = p.relative_to(folder)
         if set(skip) & set(rel.parts[:-1]): continue
-        layers = [('name of the file', rel.as_posix().encode())]
+        layers = [('name of the file', os.fsencode(rel))]
         if p.is_file() and not p.is_symlink(): layers += byte_layers(p.read_bytes(), p.name)
         for where,b in layers:
             low = b.lower()

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['NPZ_SPLITS', 'OPENERS', 'SUFFIXES', 'Grid', 'flat_grid', 'Volume', 'axis_moves', 'orient', 'orient_grid', 'reorient',
            'spaced_grid', 'resample', 'window_hu', 'hu_to_unit', 'ReadError', 'Opened', 'check_affine', 'check_values',
-           'open_nibabel', 'pick_item', 'read_bvals', 'open_sitk', 'open_image', 'set_channels', 'npz_rows', 'open_npz',
-           'Slice', 'dicom_header', 'dicom_slices', 'volume_key', 'stack_slices', 'dicom_pixels', 'dicom_by_itk',
-           'dicom_values', 'Head', 'dicom_head', 'open_dicom', 'open_mosaic', 'mosaic_bvals', 'guess_format',
-           'open_volume', 'read_volume', 'probe', 'look_at', 'sha256_files', 'write_nifti']
+           'open_nibabel', 'pick_item', 'read_bvals', 'itk_name', 'open_sitk', 'open_image', 'set_channels', 'npz_rows',
+           'open_npz', 'Slice', 'dicom_header', 'dicom_slices', 'volume_key', 'stack_slices', 'dicom_pixels',
+           'dicom_by_itk', 'dicom_values', 'Head', 'dicom_head', 'open_dicom', 'open_mosaic', 'mosaic_bvals',
+           'guess_format', 'open_volume', 'read_volume', 'probe', 'look_at', 'sha256_files', 'write_nifti']
 
 # %% ../../nbs/10_data.volume.ipynb #fb9a803e
 import gzip
@@ -286,6 +286,11 @@ def _header_path(paths):
     return str(paths[0])
 
 # %% ../../nbs/10_data.volume.ipynb #9420c14a
+def itk_name(path)->str:
+    "A path as ITK can take it: over one that is not UTF-8 it ends the whole process."
+    try: str(path).encode(); return str(path)
+    except UnicodeEncodeError: raise ReadError('its name, or that of a folder above it, is not UTF-8, and ITK cannot open it', todo='rename it', kind='name') from None
+
 def open_sitk(
     paths:list,     # one file
     item=None,      # component or frame
@@ -293,7 +298,7 @@ def open_sitk(
     "NRRD, MHA/MHD, GIPL, VTK and whatever else ITK reads."
     import SimpleITK as sitk
     if not show_paths(): sitk.ProcessObject.SetGlobalWarningDisplay(False)   # ITK prints paths to the terminal
-    r = sitk.ImageFileReader(); r.SetFileName(str(paths[0])); r.ReadImageInformation()
+    r = sitk.ImageFileReader(); r.SetFileName(itk_name(paths[0])); r.ReadImageInformation()
     n,size,c = r.GetDimension(),r.GetSize(),r.GetNumberOfComponents()
     if n not in (2, 3, 4): raise ReadError(f'{n} dimensions', '2 to 4', kind='4d')
     name = sitk.GetPixelIDValueAsString(r.GetPixelIDValue())
@@ -496,7 +501,7 @@ def dicom_by_itk(ds):
     "The same through SimpleITK, `(n, H, W)` and rescaled already; it knows JPEG with 12 bits, which pydicom's codecs do not."
     import SimpleITK as sitk
     if not show_paths(): sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(ds.filename))).reshape(-1, int(ds.Rows), int(ds.Columns)).astype(np.float32)
+    return sitk.GetArrayFromImage(sitk.ReadImage(itk_name(ds.filename))).reshape(-1, int(ds.Rows), int(ds.Columns)).astype(np.float32)
 
 # %% ../../nbs/10_data.volume.ipynb #bf465362
 def dicom_values(

@@ -99,17 +99,20 @@ def claims_text(rows)->str:
     return '\n'.join(out + [', '.join(f'{sum(c.verdict == v for c in rows)} {v}' for v in VERDICTS)])
 
 def show_claims(rows):  # `Figure`
-    "Every measured claim: its interval in units of its own half-width."
+    "Every measured claim: its interval in units of its own half-width; an arrow head is a value beyond the frame."
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
     rows = [check_claim(c) for c in rows if c.low is not None]
     fig = Figure(figsize=(7.6, .28*len(rows) + .9), layout='constrained'); ax = fig.subplots()
     for i,c in enumerate(rows):
         exact = c.high == c.low; h = (c.high - c.low)/2 or 1.; x = max(-6., min(6., c.ours/h)); colour = dict(zip(VERDICTS, ('C2', 'C3', 'C7')))[c.verdict]
         if c.margin: ax.fill_betweenx([i-.4, i+.4], -min(c.margin/h, 8), min(c.margin/h, 8), color='C0', alpha=.15, lw=0)
-        ax.errorbar([x], [i], xerr=None if exact else [[1.], [1.]], marker='o', ms=4, color=colour, capsize=2)
+        ax.errorbar([x], [i], xerr=None if exact else [[1.], [1.]], marker='o' if abs(c.ours/h) <= 6 else '>' if c.ours > 0 else '<', ms=4, color=colour, capsize=2)
     ax.axvline(0, color='k', lw=.8); ax.set_xlim(-8, 8); ax.set_ylim(len(rows)-.5, -.5)
     ax.set_yticks(range(len(rows)), [f'{c.id} ({c.data.split(",")[0]})' for c in rows], fontsize=7); ax.tick_params(axis='x', labelsize=7)
-    ax.set_xlabel('against the claim   ·   half-widths of the interval   ·   for the claim', fontsize=8); ax.spines[['top','right']].set_visible(False)
+    ax.set_xlabel('against the claim < 0 < for it\nin half-widths of the interval', fontsize=8); ax.spines[['top','right']].set_visible(False)
+    ax.legend([*(Line2D([], [], marker='o', ms=4, color=k) for k in ('C2', 'C3', 'C7')), Patch(color='C0', alpha=.15)], [*VERDICTS[:3], 'too small to matter'], fontsize=6.5, frameon=False, loc='lower center', bbox_to_anchor=(.3, 1.), ncols=4)
     return fig
 
 # %% ../../nbs/64_eval.claims.ipynb #c1a1e513

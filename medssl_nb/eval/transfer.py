@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'STRENGTHS', 'FREE', 'CELLS', 'CompareConfig', 'FinetuneConfig', 'labelled_rows', 'deal', 'label_order',
-           'label_budget', 'Arm', 'trained_norm', 'load_arm', 'load_arms', 'fresh', 'make_task', 'missing_task',
-           'Bench', 'resolve', 'judge', 'outline', 'decide', 'write_prediction', 'verdict', 'judge_every_subset', 'fit',
-           'cell_dir', 'run_cell', 'grid_of', 'compare_segment', 'class_metrics', 'compare_classify', 'summarise',
-           'table_md', 'ProbeConfig', 'features', 'knn_prob', 'linear_prob', 'probe_cell', 'claim', 'write_reports',
-           'saw_test', 'compare', 'finetune', 'probe', 'histories']
+           'label_budget', 'Arm', 'trained_norm', 'load_arm', 'load_arms', 'fresh', 'make_task', 'missing_task', 'fits',
+           'of_edition', 'class_names', 'outlined', 'Bench', 'resolve', 'judge', 'outline', 'decide',
+           'write_prediction', 'verdict', 'judge_every_subset', 'fit', 'cell_dir', 'run_cell', 'grid_of',
+           'compare_segment', 'class_metrics', 'compare_classify', 'summarise', 'table_md', 'ProbeConfig', 'features',
+           'knn_prob', 'linear_prob', 'probe_cell', 'claim', 'write_reports', 'saw_test', 'compare', 'finetune',
+           'probe', 'histories']
 
 # %% ../../nbs/61_eval.transfer.ipynb #337d21bc
 import hashlib
@@ -28,8 +29,8 @@ from ..data.cases import Cases, Prepared, class_list, check_disjoint, collate, s
 from .metrics import auc, balanced_accuracy, bootstrap, crossed_interval, dice, macro_auc, paired_test, segment_scores
 from ..losses.segment import class_weights
 from ..nets.registry import build_encoder
-from ..tasks.brainmvp import load_templates
-from ..tasks.missing import ClassifyMissing, MissingConfig, SegmentMissing, in_order, predict_class_missing, predict_missing, subsets
+from ..tasks.brainmvp import check_spacing, load_templates, template_spacing
+from ..tasks.missing import EDITIONS, ClassifyMissing, MissingConfig, SegmentMissing, brats, in_order, predict_class_missing, predict_missing, subsets
 from ..tasks.supervised import NORMS, AugmentConfig, Classify, ClassifyConfig, Segment, SegmentConfig, card_norm, evaluating, groups_of, input_norm, predict, predict_class, to_labels
 from ..train.checkpoint import load_encoder, load_into, own, remove_dir
 from ..train.trainer import TrainConfig, run_lock, train
@@ -47,6 +48,8 @@ class CompareConfig:
     seeds:tuple[int,...]=(0,1,2)            # each draws other labelled cases, first weights and crops
     values:tuple[int,...]=()                # segment: label values to learn; empty: all in the data
     regions:tuple[tuple[int,...],...]=()    # segment: overlapping regions instead, e.g. ((1,2,4), (1,4), (4,))
+    names:tuple[str,...]=()                 # segment: of the regions or values, for the tables; empty: 1+2+4
+    edition:int|None=None                   # segment: of BraTS, 2018, 2021 or 2023: it says values, regions and names (WT, TC, ET)
     target:str='class'                      # classify: name of the label
     channels:tuple[str,...]=()              # empty: all in the data
     group:tuple[str,...]=()                 # only cases of these groups
@@ -107,7 +110,7 @@ def labelled_rows(prepared, cfg)->list:
     if cfg.kind == 'segment' and cfg.values:
         known = {0, *cfg.values, *(v for g in cfg.regions for v in g)}
         odd = [r for r in rows if not set(r['values']) <= known]
-        if odd: raise UserError(f'{len(odd)} cases hold label values outside {sorted(known)}, e.g. {odd[0]["case"]}: {odd[0]["values"]}', 'every value listed', 'list them in --values, or merge labels when preparing')
+        if odd: raise UserError(f'{len(odd)} cases hold label values outside {sorted(known)}, e.g. {odd[0]["case"]}: {odd[0]["values"]}', 'every value listed', fits({v for r in rows for v in r['values']} - {0}) if cfg.edition else 'list them in --values, or merge labels when preparing')
     return rows
 
 def deal(prepared, cfg)->dict:
@@ -259,8 +262,40 @@ def missing_task(enc, cfg, shared, classes=None, weight=()):
     rule = dict(fill=cfg.missing, replace=cfg.replace, pair=cfg.replace > 0)
     if cfg.kind == 'classify': return ClassifyMissing(enc, ClassifyConfig(classes=len(classes['names']), multi=classes['multi'], weight=tuple(weight), head=cfg.head, **shared), templates=t, **rule)
     kind = 'unetr' if tuple(enc.strides) == tuple(2**(i+1) for i in range(len(enc.strides))) else 'skip'
-    m = MissingConfig(values=tuple(cfg.values), regions=tuple(cfg.regions), decoder=kind, deep=min(2, len(enc.widths)-1), flip=0., **rule, **shared)   # flips are those of `augment`, as for every arm
+    m = MissingConfig(values=tuple(cfg.values), regions=tuple(cfg.regions), names=tuple(cfg.names), decoder=kind, deep=min(2, len(enc.widths)-1), flip=0., **rule, **shared)   # flips are those of `augment`, as for every arm
     return SegmentMissing(enc, m, t)
+
+# %% ../../nbs/61_eval.transfer.ipynb #5285cc42
+def fits(seen:set)->str:
+    "A hint: the editions of BraTS whose values these are."
+    got = [e for e in EDITIONS if seen and seen <= set(brats(e)['values'])]
+    return f'as in BraTS: --edition {" or ".join(got)}' if got else 'list every value, or merge labels when preparing'
+
+def of_edition(cfg):
+    "Values, regions and names of a BraTS edition, where one is named."
+    if cfg.edition is None: return cfg
+    if cfg.kind != 'segment': raise UserError(f'edition {cfg.edition} with kind={cfg.kind}', 'kind=segment: an edition says what label maps mean')
+    b = brats(cfg.edition)
+    odd = [k for k in b if getattr(cfg, k) and tuple(getattr(cfg, k)) != b[k]]
+    if odd: raise UserError(f'edition {cfg.edition} and other {", ".join(odd)}', 'one of them', f'the edition says {odd[0]} = {b[odd[0]]}')
+    return replace(cfg, **b)
+
+def class_names(cfg)->tuple:
+    "What the tables call each region, or each value."
+    return tuple(cfg.names) or tuple('+'.join(map(str, g)) for g in groups_of(cfg))
+
+def outlined(cfg, rows:list):
+    "The settings with the values filled in; refused where regions and label maps do not speak of the same thing."
+    seen = {v for r in rows for v in r['values']} - {0}
+    if not seen: raise UserError('the label maps hold nothing but 0', 'something to outline')
+    groups = tuple(map(tuple, cfg.regions)) or tuple((v,) for v in cfg.values or sorted(seen))
+    known,have = {v for g in groups for v in g},', '.join(map(str, sorted(seen)))
+    void = sorted(known - seen)
+    if void: raise UserError(f'no label map holds {", ".join(map(str, void))}, which is to be outlined', f'regions of what there is: {have}', fits(seen))
+    odd = [(r['case'], sorted(set(r['values']) - known - {0})) for r in rows if set(r['values']) - known - {0}]
+    if odd: raise UserError(f'{len(odd)} of {len(rows)} cases hold label values that are in no region, e.g. {odd[0][0]}: {", ".join(map(str, odd[0][1]))}', f'a region for each of {have}', fits(seen))
+    if cfg.names and len(set(cfg.names)) != len(groups): raise UserError(f'names {", ".join(cfg.names)} for {len(groups)} regions', 'a different one each')
+    return replace(cfg, values=tuple(cfg.values or sorted(seen)))
 
 # %% ../../nbs/61_eval.transfer.ipynb #54f355b2
 @dataclass
@@ -276,7 +311,7 @@ def resolve(cfg)->Bench:
     "Settings filled in from the data; all errors at the door are raised here."
     if cfg.data is None: raise UserError('no data', 'a prepared folder', 'medssl finetune PREPARED --arms NAME runs/NAME -o results/NAME')
     if not cfg.seeds or not cfg.budgets: raise UserError('no seeds or no budgets', 'at least one of each')
-    prepared = Prepared(cfg.data)
+    prepared,cfg = Prepared(cfg.data),of_edition(cfg)
     parts = deal(prepared, cfg)
     rows = [r for v in parts.values() for r in v]
     dims = rows[0]['dims']
@@ -285,14 +320,12 @@ def resolve(cfg)->Bench:
         if cfg.decoder != 'skip': raise UserError(f'missing={cfg.missing} with decoder={cfg.decoder}', 'skip')
         if not 0 <= cfg.replace <= 1: raise UserError(f'replace is {cfg.replace}', 'a probability')
         if cfg.missing == 'template' and cfg.templates is None: raise UserError('missing=template without templates', 'a folder', '--templates runs/NAME/templates of a run of brainmvp, or --missing zero')
-        if cfg.missing == 'template': in_order(*load_templates(cfg.templates), channels)
+        if cfg.missing == 'template': in_order(*load_templates(cfg.templates), channels); check_spacing(rows, dims, template_spacing(cfg.templates))
     elif getattr(cfg, 'templates', None): raise UserError('templates are given and not used', '--missing template')
     if getattr(cfg, 'subsets', False) and len(channels) < 2: raise UserError(f'subsets of the single sequence {", ".join(channels)}', 'at least two', 'leave --subsets out, or choose --channels')
     arms = load_arms(cfg, len(channels), dims)
     new,classes = dict(channels=channels),None
-    if cfg.kind == 'segment':
-        new['values'] = cfg.values or tuple(sorted({v for r in rows for v in r['values']} - {0}))
-        if not new['values']: raise UserError('the label maps hold nothing but 0', 'something to outline')
+    if cfg.kind == 'segment': cfg = outlined(cfg, rows)
     else: classes = dict(names=class_list(rows, cfg.target), multi=any(isinstance(r['labels'][cfg.target], list) for r in rows))
     stride = max(build_encoder(a.spec).strides[-1] for a in arms.values())
     most = 96 if dims == 3 else 512
@@ -324,7 +357,7 @@ def judge(
         image,present = bench.prepared.read(r, channels=cfg.channels)
         prob = outline(task, torch.from_numpy(image), torch.from_numpy(present))
         scores = segment_scores(to_labels(prob, task.cfg).numpy(), bench.prepared.read_seg(r)[0], groups_of(task.cfg), r['spacing'][-r['dims']:])
-        out += [dict(case=r['case'], subject=r['subject'], **s) for s in scores]
+        out += [dict({'case': r['case'], 'subject': r['subject'], **s}, **{'class': n}) for s,n in zip(scores, class_names(cfg))]
         if save is not None and (keep < 0 or i < keep): write_prediction(Path(save)/f'{r["case"]}.nii.gz', prob, task.cfg, bench.prepared.info(r))
     return out
 
@@ -385,7 +418,7 @@ def judge_every_subset(
         mine = [(name, n, p) for name,n,p in every if not (p & ~present).any()]
         for (name,n,_),prob in zip(mine, outline(task, image, torch.stack([p for *_,p in mine]))):
             found = to_labels(prob, task.cfg).numpy()
-            out += [{'case': r['case'], 'subject': r['subject'], 'subset': name, 'n': n, 'class': '+'.join(map(str, g)), 'dice': dice(np.isin(found, g), np.isin(ref, g))} for g in groups]
+            out += [{'case': r['case'], 'subject': r['subject'], 'subset': name, 'n': n, 'class': c, 'dice': dice(np.isin(found, g), np.isin(ref, g))} for c,g in zip(class_names(cfg), groups)]
     return out
 
 
@@ -630,7 +663,7 @@ def claim(bench:Bench):
         old = {**to_dict(type(cfg)()), **(read_yaml(f) or {})}      # what was no setting yet counts as its default
         differ = [k for k in now if k not in FREE and old.get(k) != now[k]]
         if differ: raise UserError(f'{cfg.out} holds a comparison with other settings: ' + ', '.join(f'{k} was {old.get(k)!r}, now {now[k]!r}' if k != 'test_cases' else 'other test cases' for k in differ), 'the same', 'another --out')
-    save_yaml(now, f)
+    save_yaml({k: v for k,v in now.items() if k not in ('data', 'out', 'arms')}, f, 'the folders of data, arms and results are not kept: their names can be names of patients')
 
 def write_reports(bench:Bench):
     "What landed, for each arm."

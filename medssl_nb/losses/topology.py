@@ -152,10 +152,12 @@ def mutual_matches(
     if plan is not None and ratio < 1: raise UserError(f'plan={plan} and ratio={ratio}', 'one of them', 'a transport plan has no second nearest; leave ratio at 1')
     a,b = unit_rows(A),unit_rows(B)
     if plan is not None:
-        conf = sinkhorn((1 - gap(a, b))/temp)[:,:-1,:-1]
-        best,pi = conf.max(2); rho = conf.argmax(1)
+        best,pi,first,rho = [],[],[],[]
+        for s in bands(len(a), (a.shape[1]+1)*(b.shape[1]+1)):                                     # a plan is made of whole tables: as many pairs at a time as a band holds
+            near = 1 - gap(a[s], b[s]); conf = sinkhorn(near/temp)[:,:-1,:-1]
+            m,i = conf.max(2); best.append(m); pi.append(i); rho.append(conf.argmax(1)); first.append(torch.gather(near, 2, i[...,None])[...,0])
+        best,pi,first,rho = (torch.cat(x) for x in (best, pi, first, rho))
         keep = best >= plan
-        first = 1 - torch.gather(gap(a, b), 2, pi[...,None])[...,0]
     else:
         P,T = a.shape[:2]
         pi,first,second = [],[],[]

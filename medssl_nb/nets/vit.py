@@ -17,6 +17,7 @@ from torch import nn
 from ..core import UserError, choose
 from ..data.text import TextTokenizer, pack_tokenizer, tokenizer_room, unpack_tokenizer
 from .unet import check_input, conv
+from .uniformer3d import recomputed
 
 # %% ../../nbs/22_nets.vit.ipynb #edb87946
 KINDS = ('text','2d','3d')
@@ -141,6 +142,7 @@ def init_vit(
 # %% ../../nbs/22_nets.vit.ipynb #ce3d9e32
 class Block(nn.Module):
     "Attention and a perceptron, each added to what came in."
+    recompute = False    # the perceptron's hidden tokens, in the backward pass
     def __init__(self,
         width:int,               # D
         heads:int,               # must divide the width
@@ -160,7 +162,7 @@ class Block(nn.Module):
         B,N,D = t.shape
         q,k,v = self.qkv(self.norm1(t)).view(B, N, 3, self.heads, D//self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         return self.proj(attention(q, k, v, mask).transpose(1, 2).reshape(B, N, D))
-    def think(self, t, mask=None): return self.fc2(F.gelu(self.fc1(self.norm2(t))))
+    def think(self, t, mask=None): return recomputed(lambda n: self.fc2(F.gelu(self.fc1(n))), self.norm2(t), self.recompute)
     def add(self,
         x,         # `(B, N, D)`
         branch,    # `(tokens, mask) -> tokens`

@@ -65,10 +65,11 @@ def show_planes(
 ):                      # `Figure`
     "A grid of pictures on one grey scale, axes in mm."
     from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
     from matplotlib.patches import Rectangle
     grey = [p for r in rows for p in r if p is not None and p.ndim == 2]
     if vrange is None and grey: vrange = grey_range(*grey)
-    n,m = len(rows),max(map(len, rows))
+    n,m = len(rows),max(map(len, rows)); rim = [withStroke(linewidth=1.8, foreground='k')]   # yellow is seen on white, too
     first = next(p for r in rows for p in r if p is not None)
     aspect = first.shape[1]*spacing[1]/(first.shape[0]*spacing[0])
     fig = Figure(figsize=(m*size*aspect + .35, n*size + (.25 if titles else .05)), layout='constrained')
@@ -88,11 +89,11 @@ def show_planes(
                 ax.add_patch(Rectangle((a[1]*spacing[1], a[0]*spacing[0]), (b[1]-a[1])*spacing[1], (b[0]-a[0])*spacing[0], fill=False, ec=c, lw=1.2))
             if letters:
                 for t,(x,y,ha,va) in zip(letters, ((.02,.5,'left','center'),(.98,.5,'right','center'),(.5,.98,'center','top'),(.5,.02,'center','bottom'))):
-                    ax.text(x, y, t, transform=ax.transAxes, color='#ffcc00', fontsize=6, ha=ha, va=va)
+                    ax.text(x, y, t, transform=ax.transAxes, color='#ffcc00', fontsize=6, ha=ha, va=va, path_effects=rim)
     h,w = first.shape[0]*spacing[0],first.shape[1]*spacing[1]
     mm = next((m for m in (200,100,50,20,10,5,2,1,.5,.1) if m <= w/3), w/3)   # a round length
     ax = axs[-1,0]
-    ax.plot([.05*w, .05*w+mm], [.95*h]*2, color='#ffcc00', lw=1.2); ax.text(.05*w, .93*h, f'{mm:g} mm', color='#ffcc00', fontsize=5.5, va='bottom')
+    ax.plot([.05*w, .05*w+mm], [.95*h]*2, color='#ffcc00', lw=1.2, path_effects=rim); ax.text(.05*w, .93*h, f'{mm:g} mm', color='#ffcc00', fontsize=5.5, va='bottom', path_effects=rim)
     ax.set(xlim=(0,w), ylim=(h,0))
     return fig
 

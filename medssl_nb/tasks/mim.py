@@ -135,6 +135,7 @@ class MIMConfig:
     layer_scale:float=1e-3
     vocab:int=28_996                       # rows of the table of words: at least the tokenizer's pieces
     text_length:int=112                    # tokens of a report
+    tokenizer:str|None=None                # a tokenizer.json, its folder, or hub:NAME for the Hugging Face hub; None: learnt from the reports of the first stage that has some
     clean:bool=True                        # reports become sentences of plain lower-case ASCII words (section 2.1); False for other alphabets, or if they are clean
     # task
     ratio:float=.75                        # share of patches hidden
@@ -276,7 +277,7 @@ class MIM(Task):
 # %% ../../nbs/47_tasks.mim.ipynb #ebde41db
 def _read(self, batch):
     "Tokens of the reports; one that has no sentence left when clean is taken as it is."
-    return self.encoder.tokenizer.encode([clean_report(t) or t for t in batch['text']] if self.cfg.clean and not isinstance(batch['text'], str) else batch['text'], self.cfg.text_length)
+    return self.encoder.tokenizer.encode([clean_report(t) or t for t in batch['text']] if self.cfg.clean and not isinstance(batch['text'], str) else batch['text'], self.cfg.text_length, batch.get('case'))
 
 def _look(self, batch, gen=None):
     "`(B, C, *S)`: the channels of the network, normalised."

@@ -17,7 +17,7 @@ from ..data.masking import block_mask, draw_partners, pick_channel
 from ..data.transforms import apply_scale_shift, apply_turns, draw_scale_shift, draw_turns, zscore
 from ..losses.contrast import effective_rank
 from ..losses.recon import masked_mse
-from ..losses.topology import as_tokens, draw_ranks, draw_slots, inter_topology, intra_topology
+from ..losses.topology import as_tokens, coding_rate, draw_ranks, draw_slots, inter_topology, intra_topology, unit_rows
 from ..nets.registry import named_encoder
 from ..nets.swin3d import ResizeDecoder, lateral_block
 from .base import Task, idle_zero
@@ -232,9 +232,10 @@ def _readout(self, batch, cls=True): return pooled(self.encoder, batch, 1, lambd
 
 @torch.no_grad()
 def _health(self, out, v):
-    "What the losses cannot say: share of tokens with a partner, share of anchors, effective rank of the tokens. Half of all tokens match by chance."
+    "What the losses cannot say: share of tokens with a partner, share of anchors, effective rank and coding rate of the tokens. Half of all tokens match by chance."
     if 'z' not in out: return {}
-    row = dict(rank=effective_rank(out['z'].flatten(0, 1)[:4096]).item())
+    z = out['z'].flatten(0, 1); z = z[::-(-len(z)//4096)]                                          # at most 4096 tokens, of every volume
+    row = dict(rank=effective_rank(z).item(), coding_rate=coding_rate(unit_rows(z[None])[0].T).item())
     if self.cfg.w_inter and len(v['pairs12']):
         n = self.inter(out, v)[1]
         row |= {k: n[k].float().mean().item()/self.tokens for k in ('matched','anchors')}

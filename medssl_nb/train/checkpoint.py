@@ -287,14 +287,15 @@ def export_encoder(
     from safetensors.torch import save_file
     enc = getattr(task, 'encoder', None)
     if enc is None or not hasattr(enc, 'spec'): raise UserError(f'{type(task).__name__} has no encoder with a spec()', 'an encoder as in CONTRIBUTING')
-    card = dict(card or {})
+    card = dict(card or {}); card.pop('card_sha256', None)
     with disk_errors(Path(out).parent, 'the encoder', _bytes(task_state(enc)), 'free some space and run the same command again: training is done and saved'), atomic_dir(out) as tmp:
         save_file(_still(task_state(enc)), tmp/'encoder.safetensors')
         facts = dict(format=FORMAT, method=method_of(task, card.pop('method', '')), encoder=enc.spec(), channels=to_list(getattr(task, 'channels', None)), region=to_list(getattr(task, 'region', None)),
                      data=card.pop('data', None), normalisation=card.pop('normalisation', None), citation=card.pop('citation', None) or getattr(task, 'citation', None))
         sums = dict(parameters=sum(p.numel() for p in enc.parameters()), sha256=sha256_file(tmp/'encoder.safetensors'), versions=versions())
         if clash := sorted(card.keys() & sums.keys()): raise UserError(f'the card holds {clash}', 'other names: these are computed')
-        write_json(tmp/'card.json', {**facts, **card, **sums})
+        page = json.loads(json.dumps({**facts, **card, **sums}, allow_nan=False))      # as it will be read
+        write_json(tmp/'card.json', {**page, 'card_sha256': _digest(page)})
     return Path(out)
 
 def to_list(x): return list(x) if isinstance(x, tuple) else x
@@ -304,11 +305,12 @@ def load_encoder(
     build=None,   # spec -> encoder; the registry of networks by default
 ):                # the encoder, on the CPU; its card
     "The encoder in `path`, with all its weights or an error."
-    path = Path(path)
+    path,seal = Path(path),None
     if (path/'encoder'/'card.json').is_file(): path = own(path, 'encoder')
     if (path/'card.json').is_file():
         card,file = read_json(own(path, 'card.json')),own(path, 'encoder.safetensors')
         if not isinstance(card, dict): raise UserError(f'card.json in {path.name} is a {type(card).__name__}', 'a mapping of names to values')
+        seal = card.pop('card_sha256', None)
         if not file.is_file(): raise UserError(f'{path} has a card but no encoder.safetensors', 'both')
         if sha256_file(file) != card.get('sha256'): raise UserError(f'encoder.safetensors in {path.name} does not match its card', 'the bytes that were written', 'copy it again')
         weights = read_tensors(file)
@@ -318,6 +320,7 @@ def load_encoder(
         weights = {k[8:]: v for k,v in read_tensors(path/'model.safetensors').items() if k.startswith('encoder.')}
     if not isinstance(card.get('encoder'), dict): raise UserError(f'{path} holds no description of an encoder', 'a method that has one')
     _fits_on_paper(build or build_encoder, card['encoder'], weights, path.name)
+    if seal not in (None, _digest(card)): raise UserError(f'card.json in {path.name} does not match its own checksum', 'the card that was written', 'it was edited or damaged: copy the folder again; what fine-tuning shall do otherwise is said on its command line')
     enc = (build or build_encoder)(card['encoder'])
     fit_exactly(enc, weights, str(path.name))
     return enc,card
