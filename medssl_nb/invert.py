@@ -366,7 +366,7 @@ def finished(out, settings):
     if not out.exists() or out.is_dir() and not any(out.iterdir()): return None
     f = out/'provenance.json'; had = read_json(f) if f.is_file() else {}
     if had.get('kind') != 'inverted': raise UserError(f'{out} exists and is no pool of inverted images', 'a new folder')
-    if diff := differing(had['settings'], settings): raise UserError(f'{out.name} was made with other settings: ' + '; '.join(diff[:4]), 'the same', 'choose another --out')
+    if diff := differing(had['settings'], settings, ()): raise UserError(f'{out.name} was made with other settings: ' + '; '.join(diff[:4]), 'the same', 'choose another --out')
     volumes = Prepared(out) if (out/'index.jsonl').is_file() else None
     return Inversion(volumes, [json.loads(line) for line in (out/'history.jsonl').read_text().splitlines()], read_json(out/'report.json'), out)
 
@@ -389,7 +389,7 @@ class Run:
         path = latest(work)
         if path is None: return
         meta = read_json(path/'state.json')
-        if diff := differing(meta.get('inversion') or {}, self.settings): raise UserError(f'{work.name} was begun with other settings: ' + '; '.join(diff[:4]), 'the same', f'delete {work}, or choose another --out')
+        if diff := differing(meta.get('inversion') or {}, self.settings, ()): raise UserError(f'{work.name} was begun with other settings: ' + '; '.join(diff[:4]), 'the same', f'delete {work}, or choose another --out')
         for k in ('at', 'block', 'hold', 'restarts', 'row_of', 'early', 'seconds', 'peak'): setattr(self, k, meta.get(k, 0))
         self.begin(); load_checkpoint(path, self.inv, self.opt); self.step = meta['step']
     def near(self, row):
