@@ -565,7 +565,7 @@ def exposure(
 @dataclass
 class CanaryConfig:
     "Artificial images, planted before training, that show what a network learns by heart."
-    prepared:Path|None=None     # prepared folder
+    out:Path|None=None          # prepared folder they are planted in
     n:int=40                    # half are trained on, half are kept back
     dims:int=0                  # 2 or 3; 0: what the first case has
     seed:int=0
@@ -574,18 +574,18 @@ def plant(
     cfg:CanaryConfig,
 )->dict:            # out: the folder; cases: names
     "Canaries into a prepared folder."
-    if cfg.prepared is None: raise UserError('a prepared folder is needed', 'medssl canaries PREPARED --n 40')
+    if cfg.out is None: raise UserError('a prepared folder is needed', 'medssl canaries PREPARED --n 40')
     if cfg.n < 2 or cfg.n % 2: raise UserError(f'{cfg.n} canaries', 'an even number: half are kept back')
-    p = Prepared(cfg.prepared); rows = [r for r in p.rows if r['dims'] == (cfg.dims or r['dims']) and r['dims'] > 1]
-    if not rows: raise UserError(f'{Path(cfg.prepared).name} holds no volume like that', '2-D or 3-D cases')
-    if any(r.get('group') == 'canary' for r in p.rows): raise UserError(f'{Path(cfg.prepared).name} holds canaries already', 'none', 'a second set would be mistaken for the first')
+    p = Prepared(cfg.out); rows = [r for r in p.rows if r['dims'] == (cfg.dims or r['dims']) and r['dims'] > 1]
+    if not rows: raise UserError(f'{Path(cfg.out).name} holds no volume like that', '2-D or 3-D cases')
+    if any(r.get('group') == 'canary' for r in p.rows): raise UserError(f'{Path(cfg.out).name} holds canaries already', 'none', 'a second set would be mistaken for the first')
     r = rows[0]; x = p.read(r)[0]; names = [f'canary-{i:04d}' for i in range(cfg.n)]; about = p.info(r); d = r['dims']
-    with disk_errors(cfg.prepared, 'canaries'):
+    with disk_errors(cfg.out, 'canaries'):
         for i,(n,v) in enumerate(zip(names, make_canaries(cfg.n, x.shape, cfg.seed, (float(x.min()), float(x.max()))))):
-            write_case(cfg.prepared, dict(case=n, subject=n, session='', group='canary', split='train' if i % 2 == 0 else 'test', dims=d, channels=list(p.channels), spacing=list(r['spacing']), labels={}, fingerprint=f'canary-{cfg.seed}-{i}'), v if d == 3 else v[:,None], info={k: about[k] for k in ('intensity',) if k in about})
-        write_index(cfg.prepared, [q['case'] for q in p.rows] + names)
-    print(f'{cfg.n} canaries are in {Path(cfg.prepared).name}: {cfg.n//2} to be learnt from, {cfg.n//2} kept back (split test). Train as always; medssl audit finds them.')
-    return dict(out=Path(cfg.prepared), cases=names)
+            write_case(cfg.out, dict(case=n, subject=n, session='', group='canary', split='train' if i % 2 == 0 else 'test', dims=d, channels=list(p.channels), spacing=list(r['spacing']), labels={}, fingerprint=f'canary-{cfg.seed}-{i}'), v if d == 3 else v[:,None], info={k: about[k] for k in ('intensity',) if k in about})
+        write_index(cfg.out, [q['case'] for q in p.rows] + names)
+    print(f'{cfg.n} canaries are in {Path(cfg.out).name}: {cfg.n//2} to be learnt from, {cfg.n//2} kept back (split test). Train as always; medssl audit finds them.')
+    return dict(out=Path(cfg.out), cases=names)
 
 # %% ../nbs/73_audit.ipynb #fa008289
 @dataclass
