@@ -7,7 +7,6 @@ import base64
 import io
 import os
 import re
-import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -49,17 +48,33 @@ def checks(src):
     return not directive(src, "export") and CHECKS.search(src) is not None
 
 
-def kernels():
-    """How to reach a kernel: by files. Ports are picked by asking for a free one and giving it back, so that two notebooks that start at the
-    same moment can be given the same, and then one of them waits for an answer that went elsewhere."""
-    import tempfile
+def patient(client):
+    """Ask a notebook's kernel for its answer once a second instead of once. An Output widget sends on the shell channel past the loop that
+    waits on it (nbclient.output_widget), and a send takes the one signal away that an answer gives: it lay in the socket of a lesson with
+    sliders for a quarter of an hour, unread, while the kernel had long finished. Whoever looks again finds it."""
+    from queue import Empty
+    from time import monotonic
 
-    from traitlets.config import Config
+    begin = client.async_start_new_kernel_client
 
-    if os.name != "posix" or len(tempfile.gettempdir()) > 60:  # the name of a socket has room for about a hundred characters
-        return Config()
-    # named in full: the default is one name for all, in the folder of whoever asks
-    return Config(KernelManager=dict(transport="ipc", ip=str(Path(tempfile.mkdtemp(prefix="k")) / "s")))
+    async def start():
+        kc = await begin()
+        ask = kc.shell_channel.get_msg
+
+        async def get_msg(timeout=None):
+            end = float("inf") if timeout is None else monotonic() + timeout
+            while True:
+                try:
+                    return await ask(timeout=max(0, min(1, end - monotonic())))
+                except Empty:
+                    if monotonic() >= end:
+                        raise
+
+        kc.shell_channel.get_msg = get_msg
+        return kc
+
+    client.async_start_new_kernel_client = start
+    return client
 
 
 class Run:
@@ -79,7 +94,8 @@ class Run:
                 self.skipped[i] = why
                 c.source = ""
         os.environ["IN_TEST"] = "1"
-        client = NotebookClient(nb, config=(where := kernels()), startup_timeout=300, timeout=1800 if os.environ.get("MEDSSL_SLOW") else 900, kernel_name="python3", allow_errors=False, resources={"metadata": {"path": str(Path(path).parent)}})
+        client = NotebookClient(nb, startup_timeout=300, timeout=1800 if os.environ.get("MEDSSL_SLOW") else 900, kernel_name="python3", allow_errors=False, resources={"metadata": {"path": str(Path(path).parent)}})
+        patient(client)
         self.error, self.failed = None, None
         try:
             client.execute()
@@ -87,8 +103,6 @@ class Run:
             self.error = re.sub(r"\x1b\[[0-9;]*m", "", str(e))
             ran = [i for i, c in enumerate(nb.cells) if c.cell_type == "code" and any(o.output_type == "error" for o in c.get("outputs", []))]
             self.failed = ran[0] if ran else 0
-        if where:
-            shutil.rmtree(Path(where.KernelManager.ip).parent, ignore_errors=True)
         self.nb = nb
 
     @classmethod
