@@ -295,7 +295,7 @@ def pool_report(
     if not features: notes.append('no features were given: nothing is said about diversity and coverage')
     elif set(features) <= {inverted}: notes.append(f'only the encoder {inverted!r} was used, against which the pool was optimised: an independent one is needed before anything is claimed')
     if m > k: notes.append(f'{m-k} of {m} synthetic volumes are left out in each deal, because only {n} real ones are there')
-    if features and (ball := neighbours(k)) < 5: notes.append(f'so few that the balls of density and coverage reach to the {ball}th neighbour instead of the 5th' if ball > 3 else f'so few that the balls of density and coverage reach to the {ball}rd neighbour instead of the 5th')
+    if features and (ball := neighbours(k)) < 5: notes.append(f'so few that the balls of density and coverage reach to the {ball}{dict([(1, "st"), (2, "nd"), (3, "rd")]).get(ball, "th")} neighbour instead of the 5th')
     return dict(n=k, rows=rows, spectra=spectra, expected_coverage=expected_coverage(k, k=neighbours(k)), notes=notes)
 
 # %% ../../nbs/63_eval.pool.ipynb #2ce3ec84
