@@ -304,5 +304,51 @@ def test_too_few_people_before_anything_is_trained(root):
     refused("continual", "run", plan(root, root / "sel", stages=("xr",), strategy="invcoss", name="sel.yaml", settings={**SETTINGS, "select": "kmeans"}), says="select")
 
 
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    "A site of 124 people, 24 of them put aside, and 40 canaries of which 20 are learnt from."
+    from medssl_nb.data.cases import write_case, write_index
+    from medssl_nb.data.patterns import pattern_case
+
+    site = tmp_path_factory.mktemp("canaries") / "site"
+    for i in range(124):
+        row = dict(case=f"c-{i:03}", subject=f"s-{i:03}", session="", group="", split="train" if i < 100 else "test", dims=2, channels=["mr"], spacing=[1.0] * 3, labels={}, fingerprint=str(i))
+        write_case(site, row, pattern_case("grating", 0, i)["image"][None, None], info=dict(intensity={}))
+    write_index(site)
+    code, out, err = medssl("canaries", site, "--n", 40)
+    assert code == 0 and "20 to be learnt from, 20 kept back" in out, (out, err)
+    return site
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps,learnt", [(700, True), (5, False)])
+def test_canaries_come_home(planted, steps, learnt):
+    """Plant, learn, invert, audit, as two sites would: a network that was trained until it knew its cases by heart gives the canaries away, one that has hardly seen them does not.
+
+    With twenty kept back the most that can be shown is log2(21) = 4.4 bits.
+    """
+    root = planted.parent
+    small = dict(region2d=(32, 32), patch2d=8, channels2d=1, width=96, depth=2, heads=8, decoder_width=96, decoder_depth=1, decoder_heads=8, drop_path=0, crop=(1, 1), flip=0, ratio=0.5, norm_target=False, normalise="zscore")
+    train = dict(batch=40, lr=4e-3, workers=0, bar=False, tensorboard=False, device="cpu")
+    invert = dict(steps=40, batch=8, widths=(16, 16, 8, 8), cache=(4,) * 4, z_channels=4, bar=False, lr=5e-3)
+    words = [w for at, said in (("task", small), ("train", train), ("settings.invert", invert)) for k, v in said.items() for w in (f"--{at}.{k.replace('_', '-')}", *(v if isinstance(v, tuple) else (v,)))]
+    code, out, err = medssl("continual", "stage", "--strategy", "invcoss", "--method", "mim", "--preset", "small2d", "--data", planted, "--kind", "2d", "--name", "mr", "--to", root / f"to_{steps}", "--steps", steps, "--settings.share", 0.2, *words)
+    assert code == 0, err
+    page = root / f"audit_{steps}"
+    code, out, err = medssl("audit", root / f"to_{steps}", "--against", planted, "-o", page, "--draws", 100)
+    assert code in (0, 1), err
+    a = json.loads((page / "audit.json").read_text())
+    assert a["volumes"] == dict(training=100, held_out=24, canaries=40) and a["persons"] == dict(training=100, held_out=24)  # a canary is nobody
+    row = {c["check"]: c for c in a["checks"] if c["space"] == "network"}
+    mine, loss = row["canaries in the network, bits"], row["membership: loss of the network itself"]
+    assert mine["expected"] == 1.0 and (mine["status"] == "leak") is learnt, mine
+    if learnt:
+        assert mine["value"] > 3 and mine["p"] < 1e-4 and loss["value"] > 0.9 and a["network_leaks"], (mine, loss)
+        assert "gives its training patients away" in a["verdict"]
+    else:
+        assert mine["p"] > 0.01, mine
+    assert not any("No canaries were planted" in s for s in a["limits"])
+
+
 if __name__ == "__main__":
     in_a_process(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), *map(Path, sys.argv[4:]))
