@@ -23,7 +23,7 @@ from medssl_nb.train.trainer import Stopped
 
 HERE = Path(__file__).parent
 FIVE = tuple(a for a in ARMS if a not in ("task_statistics", "tv", "mim"))
-LAM = dict(real=1e-2, synthetic=1e-2)  # of EWC, by data set: swept on the first two stages of real (see the verdict), not swept again on generated data
+LAM = dict(real=1e-2, synthetic=1e-1)  # of EWC, by data set: swept on the first two stages, seed 0, then frozen (see the verdicts)
 INVERT = dict(batch=16, steps=400, lr=2e-3, z_lr=0.05, a_img=0.1, a_rep=1.0, bar=False, save_every=100)
 
 
