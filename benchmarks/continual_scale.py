@@ -3,7 +3,8 @@
     python benchmarks/continual_scale.py                  # writes benchmarks/continual_scale.json and continual_scale.png
     python benchmarks/continual_scale.py --sizes 100 1000 # quicker
 
-Form and measures are those of scale.py: each measurement is a process of its own, `cpu` its processor time, `extra` its peak of resident memory above what it had after imports (Linux only).
+Form and measures are those of scale.py: each measurement is a process of its own, `cpu` its processor time, `extra` its peak of resident memory above what it had after imports (Linux only);
+of k-means also `own`, the peak without the pages of the features' file, which the system takes back when it needs them.
 The new stage has `n` cases, its buffer 5 % of `n`; features are of width 768, as of a ViT-B, in float32 on disk. The volumes of the buffer are real files of 2 kB.
 """
 import argparse
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -28,8 +30,7 @@ PARTS = {
     "plan": "an epoch of mixed steps: keys",
     "resume": "the first keys at step 1 000 000",
     "chance": "a buffer by chance, and by reservoir",
-    "kmeans": "a buffer by k-means (centres from a sample above 50 000)",
-    "exact": "the same, centres from all cases",
+    "kmeans": "a buffer by k-means (above 5 000 in pieces)",
     "write": "write a buffer of 5 %",
 }
 
@@ -93,9 +94,17 @@ def measure(part, root):
         next(iter(mix.loader(BATCH, 1, start=1_000_000, steps=1_000_001).sampler))
     elif part == "chance":
         out["kept"] = [len(f(n, s.part(n), 1)) for f in (s.random_rows, s.reservoir)]
-    elif part in ("kmeans", "exact"):
-        rows, out["facts"] = s.kmeans_buffer(np.load(root / "features.npy", mmap_mode="r"), **(dict(whole=n) if part == "exact" else {}))
-        out["kept"] = len(rows)
+    elif part == "kmeans":
+        own, done = [status("RssAnon")], threading.Event()
+
+        def watch():
+            while not done.wait(0.02):
+                own.append(status("RssAnon"))
+
+        threading.Thread(target=watch, daemon=True).start()
+        rows, out["facts"] = s.kmeans_buffer(np.load(root / "features.npy", mmap_mode="r"))
+        done.set()
+        out.update(kept=len(rows), own=max(own) - own[0])
     elif part == "write":
         shutil.rmtree(root / "buffer", ignore_errors=True)
         out["kept"] = s.write_buffer(prepared, prepared.rows.take(s.random_rows(n, s.part(n))), root / "buffer", "stage", "random")["cases"]
@@ -120,6 +129,8 @@ def figure(sizes, table, path):
         x = sizes[: len(rows)]
         a.plot(x, [max(r["cpu"], 1e-3) for r in rows], "o-", ms=4, label=f"{PARTS[part]} ({slope(x, [r['cpu'] for r in rows])[-1]:.2f})")
         b.plot(x, [max(r["extra"] / 1e6, 0.1) for r in rows], "o-", ms=4, label=PARTS[part])
+        if "own" in rows[0]:
+            b.plot(x, [max(r["own"] / 1e6, 0.1) for r in rows], "s--", ms=4, color=b.lines[-1].get_color(), label="of it without the file's pages")
     a.plot(sizes, [1e-3 * n for n in sizes], "k:", lw=1, label="1 ms a case")
     b.plot(sizes, [4 * WIDTH * n / 1e6 for n in sizes], "k:", lw=1, label="the features themselves, float32")
     a.set(xscale="log", yscale="log", xlabel="cases", ylabel="processor seconds", title="time (last slope; 1 is linear)")
@@ -130,7 +141,7 @@ def figure(sizes, table, path):
     fig.savefig(path, dpi=110)
 
 
-def main(sizes, exact=10000):
+def main(sizes):
     import numpy
     import sklearn
     import torch
@@ -141,15 +152,14 @@ def main(sizes, exact=10000):
         try:
             simulate(root, n)
             for part in PARTS:
-                if part != "exact" or n <= exact:
-                    table[part].append(child(part, root))
-                    print(n, part, table[part][-1], flush=True)
+                table[part].append(child(part, root))
+                print(n, part, table[part][-1], flush=True)
         finally:
             shutil.rmtree(root)
     assert [r["kept"] for r in table["write"]] == [n // 20 for n in sizes]
     per = {p: round((r[-1]["extra"] - r[-2]["extra"]) / (sizes[len(r) - 1] - sizes[len(r) - 2])) for p, r in table.items()}
     row = dict(
-        goal="time linear, memory flat but for the features, as cases grow 10x, 100x, 1000x",
+        goal="time linear, memory flat, as cases grow 10x, 100x, 1000x",
         sizes=list(sizes),
         width=WIDTH,
         batch=BATCH,

@@ -16,6 +16,7 @@ __all__ = ['T', 'S', 'FAMILIES', 'MACHINE', 'SCORES', 'StageConfig', 'ScoreConfi
 # %% ../nbs/71_continual.ipynb #74bece3b
 import hashlib
 import json
+import math
 import os
 import shutil
 from contextlib import nullcontext
@@ -26,10 +27,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
+import numpy as np
 import torch
 
 from .config import from_dict, read_yaml, save_yaml, to_dict
-from .core import UserError, choose, generator, read_json, read_jsonl, seed_of, size_text, sweep, write_json, write_jsonl
+from .core import UserError, choose, disk_errors, generator, read_json, read_jsonl, seed_of, size_text, sweep, write_json, write_jsonl
 from .data.cases import Cases, Prepared, plain_name, read_batch, text_table
 from .data.stages import Beside, Mixed, Placed, TextCases, choose_rows, part, report_rows, write_buffer
 from .data.stages import Joint as JointCases
@@ -388,12 +390,19 @@ def in_order(cases, batch:int, device, rows=None):
     rows = range(len(cases)) if rows is None else rows
     for i in range(0, len(rows), batch): yield to_device(read_batch(cases, [(int(k), 0) for k in rows[i:i+batch]]), device)
 
-def readouts(task, cases, batch:int, device, rows=None, cls:bool=True)->torch.Tensor:
-    "`(N, D)`: one vector a case."
-    with torch.no_grad(): return torch.cat([task.readout(b, cls).float().cpu() for b in in_order(cases, batch, device, rows)])
+def readouts(task, cases, batch:int, device, rows=None, cls:bool=True, file=None):
+    "`(N, D)`: one vector a case, a tensor; or an array on disk, where memory should not hold all of them."
+    parts = (task.readout(b, cls).float().cpu() for b in in_order(cases, batch, device, rows))
+    with torch.no_grad():
+        if file is None: return torch.cat(list(parts))
+        first = next(parts); shape = (len(cases) if rows is None else len(rows), first.shape[1])
+        with disk_errors(file, 'features', 4*math.prod(shape)), open(file, 'wb') as f:          # written, not mapped: a full disk is an error here and kills a process there
+            np.lib.format.write_array_header_1_0(f, dict(descr='<f4', fortran_order=False, shape=shape))
+            for v in chain([first], parts): f.write(v.numpy().astype('<f4').tobytes())
+        return np.load(file, mmap_mode='r')
 
-def make_buffer(scene:Scene, task, out, device)->tuple:
-    "Choose what is kept of the stage, and write it; `(folder or None, said)`."
+def make_buffer(scene:Scene, task, out, device, whole:int=20_000)->tuple:
+    "Choose what is kept of the stage, and write it; `(folder or None, said)`. Features of more than `whole` cases wait on disk."
     s,data = scene.strategy,scene.data
     if s.chosen == 'none' or not s.share: return None,''
     rule = s.chosen
@@ -407,8 +416,12 @@ def make_buffer(scene:Scene, task, out, device)->tuple:
     n,percent = len(data.train),round(100*s.share, 9); said = ''
     if part(n, percent) < 1: percent,said = Fraction(100, n),f'{s.share:.0%} of {n} cases is less than one: one is kept'
     cases = data.cases(task, rule='centre')
-    f = readouts(task, cases, min(scene.train.batch, 64), device).numpy() if rule == 'kmeans' else None
-    rows,how = choose_rows(n, rule, percent, scene.cfg.train.seed, f, **(dict(centres=min(round(100*s.cfg.centres, 9), percent)) if rule == 'kmeans' else {}))
+    file = Path(out).with_suffix('.features.npy') if n > whole else None
+    try:
+        f = np.asarray(readouts(task, cases, min(scene.train.batch, 64), device, file=file)) if rule == 'kmeans' else None
+        rows,how = choose_rows(n, rule, percent, scene.cfg.train.seed, f, **(dict(centres=min(round(100*s.cfg.centres, 9), percent)) if rule == 'kmeans' else {}))
+    finally:
+        if file: f = None; file.unlink(missing_ok=True)
     every = data.train; write_buffer(data.prepared, [every[int(i)] for i in rows], out, data.name, rule, how, of=n)
     return Path(out),said
 
