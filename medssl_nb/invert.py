@@ -287,16 +287,21 @@ def render_pool(
     source,         # folder `generator` of an inversion, or the folder it lies in
     out=None,       # prepared folder to write; None: tensors instead
     batch:int=16,
+    progress:bool=False,   # a bar on standard error, where that is a terminal
 ):                  # the folder, or `(n, M, *S)`
     "The images of a stored generator and its codes."
     src = Path(source)/'generator' if (Path(source)/'generator').is_dir() else Path(source)
     if not (src/'generator.json').is_file(): raise UserError(f'{source} holds no generator with codes', 'a pool that was made with store=codes or both', "medssl invert … --how.store both")
     d = read_json(src/'generator.json'); cfg,stats = from_dict(InvertConfig, d['settings']),Statistics({}, d['statistics']); kept = []
-    for f in sorted(src.glob('block_*.safetensors')):
-        t = read_tensors(f); inv = Inverter(stats, cfg, 1, int(f.stem[6:]), len(t['codes']))
-        inv.generator.load_state_dict({k[10:]: v for k,v in t.items() if k.startswith('generator.')}); inv.codes.z = t['codes'].float()
-        if out is None: kept += list(inv.eval().render(batch))
-        else: write_images(out, inv.eval().render(batch), inv.first, stats, cfg, d['statistics'].get('stage', ''))
+    from tqdm import tqdm
+    with tqdm(total=cfg.n, desc='rendering', unit='image', disable=not (progress and sys.stderr.isatty())) as bar:
+        def images(inv):
+            for x in inv.eval().render(batch): yield x; bar.update(len(x))     # asked for the next: this one is written
+        for f in sorted(src.glob('block_*.safetensors')):
+            t = read_tensors(f); inv = Inverter(stats, cfg, 1, int(f.stem[6:]), len(t['codes']))
+            inv.generator.load_state_dict({k[10:]: v for k,v in t.items() if k.startswith('generator.')}); inv.codes.z = t['codes'].float()
+            if out is None: kept += list(images(inv))
+            else: write_images(out, images(inv), inv.first, stats, cfg, d['statistics'].get('stage', ''))
     if out is None: return torch.cat(kept)
     write_index(out); prov = Path(src).parent/'provenance.json'
     if prov.is_file(): shutil.copyfile(prov, Path(out)/'provenance.json')
@@ -571,9 +576,10 @@ class RenderConfig:
     source:Path|None=None       # a pool that was made with --how.store codes or both
     out:Path|None=None          # prepared folder to write
     batch:int=16
+    progress:bool=True          # a bar on standard error, where that is a terminal
 
 def render(cfg:RenderConfig)->dict:
     "Codes -> images."
     if cfg.source is None or cfg.out is None: raise UserError('no source, or no place to write', 'both', 'medssl render pools/NAME -o pools/NAME-images')
     if Path(cfg.out).exists() and any(Path(cfg.out).iterdir()): raise UserError(f'{cfg.out} is not empty', 'a new folder')
-    return dict(out=render_pool(cfg.source, cfg.out, cfg.batch))
+    return dict(out=render_pool(cfg.source, cfg.out, cfg.batch, cfg.progress))
