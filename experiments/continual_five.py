@@ -17,7 +17,7 @@ import torch
 from continual_small import ARMS, report
 from medssl_nb.config import from_dict, read_yaml
 from medssl_nb.continual import ContinualConfig, StageConfig, common, run
-from medssl_nb.core import read_json
+from medssl_nb.core import read_json, read_jsonl
 from medssl_nb.invert import InvertConfig
 from medssl_nb.train.trainer import Stopped
 
@@ -44,6 +44,18 @@ def plan(data, out, arm, seed, steps=None, lam=None, stages=None):
     return replace(c, strategy=arm, stages=stages_, steps=steps or c.steps, out=Path(out) / name, train=replace(c.train, seed=seed, workers=0, bar=False, tensorboard=False, device="cpu"))
 
 
+def swept(out):
+    "Own loss after the first two stages by lambda, as the sweep left it; sequential training beside it."
+    found = {}
+    for f in [*sorted(out.glob("sweep/ewc_*_s*/rows.jsonl"), key=lambda f: float(f.parent.name.split("_")[1])), *sorted(out.glob("sequential_s0/rows.jsonl"))]:
+        held = {}
+        for r in read_jsonl(f):
+            if (r["score"], r["after"], r["held_out"]) == ("own", 2, True):
+                held.setdefault(r["name"], []).append(r["value"])
+        found[f.parent.name] = {n: round(sum(v) / len(v), 4) for n, v in held.items()}
+    return found
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("data", type=Path)
@@ -61,7 +73,7 @@ def main():
         for arm in a.arms:
             run(plan(a.data, a.out, arm, seed, a.steps))
     if a.report:
-        report(a.out, a.report, f"Five stages: reports, X-rays, CT, MRI, pathology ({a.data.name} data)")
+        report(a.out, a.report, f"Five stages: reports, X-rays, CT, MRI, pathology ({a.data.name} data)", sweep=swept(a.out))
 
 
 if __name__ == "__main__":
