@@ -9,9 +9,10 @@ __all__ = ['T', 'S', 'FAMILIES', 'MACHINE', 'SCORES', 'StageConfig', 'ScoreConfi
            'old_fit', 'old_cases', 'mix_cases', 'new_steps', 'stage_train', 'shared_settings', 'portable',
            'other_settings', 'stage_settings', 'Scene', 'Team', 'in_order', 'readouts', 'make_buffer', 'finish_stage',
            'write_cost', 'announced', 'whole_stage', 'check_done', 'check_begun', 'do_stage', 'some', 'case_loss',
-           'refitter', 'segment_rows', 'score_stage', 'score_question', 'evaluate_stage', 'joint_settings',
-           'joint_stage', 'check_plan', 'keep_plan', 'run', 'look_back', 'alone_rows', 'all_stages', 'replace_plan',
-           'write_result', 'site_settings', 'stage', 'VerifyConfig', 'verify']
+           'refitter', 'segment_rows', 'score_stage', 'score_question', 'evaluate_stage', 'Inside', 'look_inside',
+           'inside_rows', 'inside_gaps', 'joint_settings', 'joint_stage', 'check_plan', 'keep_plan', 'run', 'look_back',
+           'alone_rows', 'all_stages', 'replace_plan', 'write_result', 'site_settings', 'stage', 'VerifyConfig',
+           'verify']
 
 # %% ../nbs/71_continual.ipynb #74bece3b
 import hashlib
@@ -36,7 +37,7 @@ from .data.cases import Cases, Prepared, plain_name, read_batch, text_table
 from .data.stages import Beside, Mixed, Placed, TextCases, choose_rows, part, report_rows, write_buffer
 from .data.stages import Joint as JointCases
 from .data.text import load_tokenizer, train_tokenizer
-from .eval.forgetting import knn_accuracy, linear_cka, measures_md, pretext_scores, ridge_probe, summarise_runs
+from .eval.forgetting import knn_accuracy, linear_cka, measures_md, pretext_scores, ridge_probe, stability_gap, summarise_runs
 from .packet import Packet, hand_over, provenance, vocabulary_words, write_packet
 from .invert import render_pool
 from .pretrain import input_of, normalisation
@@ -73,6 +74,8 @@ class ScoreConfig:
     neighbours:int=20             # knn
     labels:int=8                  # segment: labelled cases
     segment_steps:int=200         # segment: of the linear decoder
+    every:int=0                   # while a stage is learnt, too: the own loss of all old stages every so many steps; 0: not
+    inside:int=64                 # cases of each stage for that
     alone:bool=False              # train each stage alone, too, from the same first weights: what intransigence compares with. Costs as much as the whole sequence again
 
 @dataclass
@@ -478,8 +481,8 @@ def check_begun(run, cfg:Common, name:str, now:dict, card:dict|None=None):
     mine = then.get('data_card') or {}; now = {**now, 'data_card': {k: (card or {}).get(k) for k in mine}}; then = {**then, 'train': {**to_dict(TrainConfig()), **then['train']}, 'data_card': mine}
     if diff := differing(then, now): raise UserError(f'stage {name} was interrupted, and had begun with other settings: ' + '; '.join(diff[:4]), 'the same plan, the same cases', 'choose another --out, or --resume force to go on with what is asked now')
 
-def do_stage(cfg:Common, data:StageData, before:Packet|None, run, to, planned:int, team:Team, had:Packet|None=None)->Packet:
-    "One stage: train, keep, hand over. A stage whose packet is there (`had`, if somebody looked already) is done."
+def do_stage(cfg:Common, data:StageData, before:Packet|None, run, to, planned:int, team:Team, had:Packet|None=None, look=None)->Packet:
+    "One stage: train, keep, hand over. A stage whose packet is there (`had`, if somebody looked already) is done. `look`: an `Inside`, for the first process."
     to = Path(to)
     if had is None and (to/'packet.json').is_file(): had = check_done(Packet(to), cfg, [data], before, planned)
     if had is not None:
@@ -489,7 +492,7 @@ def do_stage(cfg:Common, data:StageData, before:Packet|None, run, to, planned:in
     if before: team.lead(lambda: draw_pools(before, drawn))
     scene = Scene(cfg, data, before, planned, team.world, drawn)
     team.say(announced(scene) + (f'; OTHER SETTINGS than the packet: {"; ".join(scene.other)}' if scene.other else ''))
-    rows = train(scene.task, scene.mix, scene.train, run, method=scene.task.method, card=scene.card(), resume=cfg.resume, config=scene.config(), extra=lambda step, t: dict(old=int(t.is_old)))
+    rows = train(scene.task, scene.mix, scene.train, run, method=scene.task.method, card=scene.card(), resume=cfg.resume, config=scene.config(), extra=lambda step, t: dict(old=int(t.is_old), **(look(step, t) if look else {})))
     whole_stage(rows, scene.total, data.name)
     if team.world > 1: scene = Scene(cfg, data, before, planned, team.world, drawn) if team.rank == 0 else None     # the trained one is wrapped, and may be divided
     team.lead(lambda: finish_stage(scene, run, to, team.device))
@@ -587,7 +590,7 @@ def score_question(cfg:ContinualConfig, datas:list, packet)->dict:
     "What a row of R depends on, as plain values without a pseudonym."
     stages = {d.name: {**d.facts(), 'target': d.stage.target, 'tested': d.facts('test')} for d in datas}
     who = dict(packet=packet.identity) if packet else dict(untrained=portable(shared_settings(cfg, 0)))
-    return json.loads(json.dumps(dict(score={k: v for k,v in to_dict(cfg.score).items() if k != 'alone'}, seed=cfg.train.seed, stages=stages, **who)))
+    return json.loads(json.dumps(dict(score={k: v for k,v in to_dict(cfg.score).items() if k not in ('alone', 'every', 'inside')}, seed=cfg.train.seed, stages=stages, **who)))
 
 def evaluate_stage(
     cfg:ContinualConfig,
@@ -607,6 +610,56 @@ def evaluate_stage(
         note.parent.mkdir(parents=True, exist_ok=True); write_json(note, ask)      # first the question: half an answer belongs to it
     if not file.is_file(): write_jsonl(file, [r for j,d in enumerate(datas) for r in score_stage(cfg, cfg.score, d, j, after, packet, file.parent, device, first, chain.from_iterable(d.train for d in datas) if cfg.strategy == 'joint' else None)])
     return read_jsonl(file)
+
+# %% ../nbs/71_continual.ipynb #5e1c0a77
+class Inside:
+    "Own losses of the old stages while another one is learnt: each with its saved decoder, on the same cases and masks, one row every `score.every` steps."
+    def __init__(self, cfg, datas:list, before:Packet, first:int=0):
+        self.every,self.seed,self.judges,self.start = cfg.score.every,cfg.train.seed,[],{}
+        for j,d in enumerate(datas):
+            with torch.random.fork_rng(devices=[]): task = fresh_task(cfg, first + j, d.train, d.stage.channels); hand_over(before, task); give_words(task, d)
+            mine = task.state_dict()
+            with torch.no_grad():
+                for n,v in before.decoder(d.name).items(): mine[n].copy_(v)
+            self.judges.append((first + j, d.name, task.eval(), d.cases(task, some(d.test if len(d.test) else d.train, cfg.score.inside, self.seed, d.name), 'centre')))
+    def loss(self, strategy, stage, judge, cases, device)->float:
+        with strategy.subnetwork(judge, stage), torch.random.fork_rng(devices=[]): v = case_loss(judge, cases, device, self.seed)
+        return sum(v)/len(v)
+    def __call__(self, step:int, t)->dict:
+        "For the row of a step; also what the packet before the stage said (`before:`), so that a curve has a beginning."
+        if step % self.every: return {}
+        now,device,out = t.task.state_dict(),next(t.task.parameters()).device,{}
+        for stage,name,judge,cases in self.judges:
+            judge.to(device); shared,mine = judge.stage_parts()[0],judge.state_dict()
+            if name not in self.start: self.start[name] = self.loss(t.strategy, stage, judge, cases, device)      # still with the weights of the packet
+            with torch.no_grad():
+                for n,v in now.items():
+                    if n in mine and belongs(n, shared): mine[n].copy_(v)
+            out |= {f'own:{name}': self.loss(t.strategy, stage, judge, cases, device), f'before:{name}': self.start[name]}
+        return out
+
+def look_inside(cfg, old:list, packet, first:int, team:Team):
+    "Where somebody asked for it, and there are old stages; for the first process."
+    if cfg.score.every < 0 or cfg.score.inside < 1: raise UserError(f'score.every {cfg.score.every} on {cfg.score.inside} case(s)', 'steps, 0 for not at all; at least one case')
+    if not cfg.score.every or not old: return None
+    if cfg.train.strategy == 'fsdp' and team.world > 1: raise UserError('score.every with weights divided among processes', 'score.every 0, or --train.strategy ddp', 'one process looks, and holds a part')
+    return Inside(cfg, old, packet, first) if team.rank == 0 else None
+
+def inside_rows(cfg, datas:list, run)->list:
+    "Rows with a `step` from the history of the last of these stages; step 0 is the packet before it."
+    if not cfg.score.every or len(datas) < 2: return []
+    old,new = datas[:-1],datas[-1]; file = Path(run)/'history.jsonl'; seen = [r for r in read_jsonl(file) if f'own:{old[0].name}' in r] if file.is_file() else []
+    if not seen: print(f'stage {new.name}: it was learnt without looking inside (score.every), so there is no curve of it')
+    base = lambda j, d: dict(strategy=cfg.strategy, seed=cfg.train.seed, after=len(datas), stage=j+1, name=d.name, held_out=bool(len(d.test)), score='own', lower=True)
+    return [dict(base(j, d), step=r['step'] if k == 'own' else 0, value=r[f'{k}:{d.name}']) for i,r in enumerate(seen) for j,d in enumerate(old) for k in (('before', 'own') if not i else ('own',))]
+
+def inside_gaps(rows:list)->list:
+    "How deep each old stage fell while another was learnt (`stability_gap`), a line a pair."
+    out,names = [],{r['stage']: r.get('name') for r in rows}
+    for a,j in sorted({(r['after'], r['stage']) for r in rows if 'step' in r}):
+        v = sorted((r['step'], r['value']) for r in rows if 'step' in r and (r['after'], r['stage']) == (a, j)); g = stability_gap(v[0][1], [x for _,x in v[1:]], lower=True)
+        out.append({'while learning': names.get(a, a), 'old stage': names[j], 'before': round(v[0][1], 4), 'worst': round(g['worst'], 4), 'at step': max(v[1:], key=lambda t: t[1])[0], 'at the end': round(v[-1][1], 4), 'recovered': None if g['recovered'] is None else round(g['recovered'], 2)})
+    return out
 
 # %% ../nbs/71_continual.ipynb #ecaa9f11
 def joint_settings(cfg:ContinualConfig, datas:list, world:int)->dict:
@@ -694,7 +747,7 @@ def all_stages(cfg:ContinualConfig, team:Team)->dict:
     if cfg.strategy == 'joint': packet = done[0] if done else joint_stage(cfg, datas, team, *places[0]); rows += scored(len(datas), packet) or []
     else:
         for i,(d,(at,to)) in enumerate(zip(datas, places)):
-            packet = do_stage(cfg, d, packet, at, to, planned, team, done[i] if i < len(done) else None); rows += scored(i+1, packet) or []
+            packet = do_stage(cfg, d, packet, at, to, planned, team, done[i] if i < len(done) else None, look_inside(cfg, datas[:i], packet, first, team)); rows += (scored(i+1, packet) or []) + inside_rows(cfg, datas[:i+1], at)
     if cfg.score.alone and cfg.score.scores: rows += alone_rows(cfg, datas, out, team)
     result = team.lead(lambda: write_result(cfg, rows, out))
     if rows: team.say(f'what was learnt and what was forgotten: {out.name}/result.md')
@@ -712,12 +765,13 @@ def write_result(cfg, rows:list, out)->dict:
     out = Path(out); write_jsonl(out/'rows.jsonl', rows)
     if not rows: return {}
     found = summarise_runs(rows); write_json(out/'result.json', found)
-    scores = [s for s in SCORES if any(r['score'] == s for r in found['table'])]
+    gaps = inside_gaps(rows); scores = [s for s in SCORES if any(r['score'] == s for r in found['table'])]
     costs = [dict(stage=f.parent.name, **{k: v for k,v in read_json(f).items() if not isinstance(v, dict)}, **{f'{k} bytes': v for k,v in read_json(f)['bytes'].items()}) for f in sorted(out.glob('stages/*/cost.json'))]
     text = [f'# {cfg.strategy}: {", ".join(s.name for s in cfg.stages)}', '', f'Method `{cfg.method}` ({cfg.preset}), seed {cfg.train.seed}.' + ('' if all(r.get('held_out', True) for r in rows) else ' **Some stages have no test split: they are scored on training cases.**'), '']
     if cfg.start: text += [f'It begins with packet {Path(cfg.start).name}; the row after 0 stages is that packet, and the measures are of the stages of this plan alone.', '']
     if cfg.strategy == 'packnet' and 'segment' in cfg.score.scores: text += ['`segment` was not taken: it reads the encoder of a packet, and PackNet answers with a part of it for each stage.', '']
     for s in scores: text += [f'## {s}', '', measures_md(found, s), '']
+    if gaps: text += ['## Inside the stages', '', 'Own loss of old stages while another one was learnt, from the last step before it on: the worst, and how much of the rise was gone at its end.', '', '```', text_table(gaps), '```', '']
     if costs: text += ['## What it cost', '', '```', text_table(costs), '```', '']
     (out/'result.md').write_text('\n'.join(text))
     return found
