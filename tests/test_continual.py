@@ -111,6 +111,74 @@ def test_three_families_in_one_network(journey):
     assert all(torch.equal(v, c.model()[f"encoder.{k}"]) for k, v in enc.state_dict().items())
 
 
+def test_the_buffer_is_what_kmeans_chooses(journey, root):
+    "The choice once more, from the packet's network and the rows of the index: features with the class token, clusters, the cases next to the centres. Those and no others travel, and the packet says by which rule."
+    from medssl_nb.config import cli
+    from medssl_nb.continual import family_cases, fresh_task, plan_settings, readouts
+    from medssl_nb.core import read_jsonl
+    from medssl_nb.data.cases import Prepared
+    from medssl_nb.data.stages import kmeans_buffer, report_rows
+    from medssl_nb.packet import Packet, hand_over
+
+    cfg, differ = cli(*plan_settings(["--config", str(plan(root, root / "again", name="again.yaml"))])), []
+    for i, (name, kind) in enumerate((("report", "text"), ("xr", "2d"), ("ct", "3d"))):
+        packet, prepared = Packet(journey / "packets" / f"{i + 1:02}_{name}"), Prepared(root / name)
+        every = report_rows(prepared) if kind == "text" else prepared.rows
+        train = every.where(lambda r: r["split"] == "train")
+        assert train[0]["case"] != every[0]["case"]  # so that a number in one is not the same number in the other
+        task = fresh_task(cfg, i)
+        hand_over(packet, task)
+        chosen = []
+        for cls in (True, False):
+            f = readouts(task, family_cases(task, prepared, kind, train, rule="centre"), 4, "cpu", cls=cls)
+            rows, how = kmeans_buffer(f, 25, centres=10, seed=0)
+            chosen.append([train[int(k)]["case"] for k in rows])
+        said = packet.facts["replay"][name]
+        assert (said["kind"], said["rule"], said["settings"], said["cases"], said["of"]) == ("real", "kmeans", how, len(chosen[0]), len(train))
+        assert [r["case"] for r in read_jsonl(packet.replay()[name] / ("reports.jsonl" if kind == "text" else "index.jsonl"))] == chosen[0]
+        differ.append(chosen[0] != chosen[1])
+    assert any(differ[1:]), "with or without the class token: the comparison says nothing"
+
+
+INVERT = dict(batch=4, steps=2, lr=5e-3, z_channels=4, widths=[8, 8, 8], cache=[4, 4, 4], bar=False, save_every=0)
+EACH = dict(sequential={}, joint={}, er=dict(share=0.5, ratio=0.7), derpp=dict(share=0.5), medcoss=dict(share=0.5, centres=0.25, ratio=0.7), invcoss=dict(share=0.25, centres=0.1, ratio=0.7, few=True, invert=INVERT), lwf={}, cassle=dict(hidden=16), ewc=dict(samples=3, lam=1.0), packnet={})
+TERMS = dict(sequential=set(), joint=set(), er=set(), derpp={"answer", "again"}, medcoss={"fd"}, invcoss={"fd"}, lwf={"fd"}, cassle={"fd"}, ewc={"ewc"}, packnet=set())  # what is asked beside the task, once there is a past
+
+
+@pytest.mark.parametrize("strategy", EACH)
+def test_three_families_by_each_strategy(root, strategy):
+    "Reports, pictures, volumes in one network, two steps each: every way of remembering goes all the way, asks what it says it asks, and leaves what it says it leaves."
+    import torch
+
+    from medssl_nb.core import read_jsonl
+    from medssl_nb.packet import Packet
+
+    at = root / f"each_{strategy}"
+    code, out, err = medssl("continual", "run", plan(root, at, strategy=strategy, settings=EACH[strategy], name=f"each_{strategy}.yaml", steps=2, train=dict(LOOP, save_every=0), score=dict(scores=[])))
+    assert code == 0, err
+    names, task = ("report", "xr", "ct"), {"mlm", "mim"}
+    if strategy == "joint":
+        p, rows = Packet(at / "packets" / "joint"), read_jsonl(at / "stages" / "joint" / "history.jsonl")
+        assert [s["kind"] for s in p.stages] == ["text", "2d", "3d"] and len(rows) == 6 and not p.facts["replay"] and {k for r in rows for k in r} & task == task
+        assert all(p.decoder(n) for n in names)
+        return
+    packets = [Packet(at / "packets" / f"{i:02}_{n}") for i, n in enumerate(names, 1)]
+    assert [s["kind"] for s in packets[-1].stages] == ["text", "2d", "3d"] and packets[-1].settings["strategy"] == strategy
+    replays = strategy in ("er", "derpp", "medcoss", "invcoss")
+    assert {n: r["kind"] for n, r in packets[-1].facts["replay"].items()} == ({n: "inverted" if strategy == "invcoss" and n != "report" else "real" for n in names} if replays else {})
+    stored = dict(ewc={"ewc"}, packnet={"packnet"}, derpp={f"answers_{n}" for n in names}).get(strategy, set())
+    assert {f.stem for f in (packets[-1].path / "strategy").glob("*")} == stored
+    for i, n in enumerate(names):
+        rows = read_jsonl(at / "stages" / f"{i + 1:02}_{n}" / "history.jsonl")
+        new, old = ([r for r in rows if r["old"] == k] for k in (0, 1))
+        assert len(new) == 2 and bool(old) == (i > 0 and replays and strategy != "derpp") and all(np.isfinite(r["loss"]) for r in rows), n
+        assert all(("mlm" if n == "report" else "mim") in r for r in new), n
+        assert {k for r in rows for k in r} & {"fd", "ewc", "answer", "again"} == (TERMS[strategy] if i else set()), n
+        a, b = packets[i - 1].model() if i else None, packets[i].model()
+        own = [k for k in b if k.startswith(f"encoder.tokenizers.{dict(report='text', xr='2d', ct='3d')[n]}.")]
+        assert own and (a is None or any(not torch.equal(a[k], b[k]) for k in own)), n
+
+
 def test_stage_by_stage_at_three_sites_is_the_same(journey, root):
     "Each site has a packet and its own data; planned stages are known from the packet."
     from medssl_nb.core import read_jsonl, write_jsonl
@@ -309,23 +377,35 @@ def sequences(tmp_path_factory):
 
 
 def two_sites(root, method, strategy, stages, settings=None, out="out"):
+    from medssl_nb.config import from_dict
     from medssl_nb.continual import ContinualConfig, ScoreConfig, StageConfig, common, run
 
     base = common(method, "small2d", strategy)
     base["task"] = replace(base["task"], **SHAPES[method])
-    base["settings"] = replace(base["settings"], **(settings or {}))
+    base["settings"] = from_dict(base["settings"], settings or {}, "settings")
     base["train"] = replace(base["train"], batch=2, workers=0, bar=False, tensorboard=False, device="cpu", save_every=0)
     plan = ContinualConfig(**{**base, "steps": 3, "stages": tuple(StageConfig(s, root / s) for s in stages), "out": root / out, "score": ScoreConfig(scores=("own", "refit", "cka"), cases=3, refit_steps=1)})
     return run(plan)
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("strategy", EACH)
 @pytest.mark.parametrize("method", SHAPES)
-def test_each_method_with_old_cases_of_other_sequences(sequences, method):
-    "Packet and scores of two stages, the second with more sequences than the first."
-    got = two_sites(sequences, method, "medcoss", "ab", dict(share=0.5, centres=0.25, ratio=0.5), out=method)
-    assert [s["channels"] for s in got["packet"].stages] == [["t1", "t2"], ["t1", "t1c", "t2", "flair"]] and set(got["packet"].replay()) == {"a", "b"}
-    assert {(r["after"], r["stage"]) for r in got["rows"] if r["score"] == "own"} == {(1, 1), (2, 1), (2, 2)} and all(np.isfinite(r["value"]) for r in got["rows"])
+def test_each_method_with_old_cases_of_other_sequences(sequences, method, strategy):
+    "Packet and scores of two stages, the second with more sequences than the first, by every strategy; the one pair that cannot be is refused before its first step."
+    from medssl_nb.core import UserError
+
+    go = lambda: two_sites(sequences, method, strategy, "ab", EACH[strategy], out=f"{method}_{strategy}")
+    if (method, strategy) == ("brainmvp", "packnet"):
+        with pytest.raises(UserError, match="is a batch norm, expected a network whose old answers can be kept"):
+            go()
+        assert not list((sequences / f"{method}_{strategy}").glob("stages/*"))
+        return
+    got = go()
+    assert [s["channels"] for s in got["packet"].stages] == [["t1", "t2"], ["t1", "t1c", "t2", "flair"]]
+    assert set(got["packet"].replay()) == ({"a", "b"} if strategy in ("er", "derpp", "medcoss", "invcoss") else set())
+    assert {(r["after"], r["stage"]) for r in got["rows"] if r["score"] == "own"} == {(1, 1), (2, 1), (2, 2)} - ({(1, 1)} if strategy == "joint" else set()) and all(np.isfinite(r["value"]) for r in got["rows"])
+    assert got["packet"].settings["strategy"] == strategy and got["packet"].settings["method"] == method
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -336,7 +416,7 @@ def test_templates_and_old_cases_meet_by_name(sequences):
     from medssl_nb.data.cases import read_batch
     from medssl_nb.packet import Packet
 
-    for strategy, settings in dict(er=dict(share=0.5, ratio=0.5), derpp=dict(share=0.5), joint={}).items():
+    for strategy, settings in dict(er=dict(share=0.5, ratio=0.7), derpp=dict(share=0.5), joint={}).items():
         got = two_sites(sequences, "brainmvp", strategy, "ab", settings, out=f"met_{strategy}")
         assert {(r["after"], r["stage"]) for r in got["rows"] if r["score"] == "own"} >= {(2, 1), (2, 2)}, strategy
     for stages, strategy, says in (("ac", "er", "show t1, t2, and this stage has places for t1c, flair"), ("ad", "derpp", "have answers to t1, t2, and this stage has no place for t2")):
