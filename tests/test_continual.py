@@ -302,11 +302,47 @@ def test_bad_plans_are_one_sentence(root):
     shutil.copytree(root / "report", empty)
     (empty / "reports.jsonl").write_text("\n".join(rows[:3] + [json.dumps({**json.loads(rows[4]), "text": "  "})]) + "\n")
     run("have no words", stages=[dict(name="report", data=str(empty))])
+    told = lambda rows: (empty / "reports.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for gone in ("subject", "case", "text"):
+        told([json.loads(rows[0]), {k: v for k, v in json.loads(rows[1]).items() if k != gone}])
+        run([f"{empty}/reports.jsonl, row 2{'' if gone == 'case' else ' (r-01)'} lacks {gone}", "expected rows as `medssl prepare` writes them, each with case, subject and text"], stages=[dict(name="report", data=str(empty))])
+    told([])
+    run(["holds nothing", "kind: text, 2d or 3d"], stages=[dict(name="report", data=str(empty))])
+    run("is text, and", stages=[dict(name="report", data=str(empty), kind="text")])
+    (empty / "reports.jsonl").unlink()
+    run("holds no prepared case", stages=[dict(name="report", data=str(empty))])
     refused("continual", "rn", "x", says="did you mean 'run'?")
-    refused("continual", "run", says=["a plan without stages", "medssl continual run plan.yaml"])
+    refused("continual", "run", says=["a plan without stages", "medssl continual plan DATA -o plan.yaml", "medssl continual run plan.yaml"])
     refused("continual", "run", root / "nowhere.yaml", says="no settings file")
     refused("continual", "verify", root / "xr", says="has no packet.json")
     refused("continual", "stage", "--data", root / "xr", says="--to packets/NEXT")
+
+
+def test_a_plan_to_begin_with(root, tmp_path):
+    "Five stages in the order of MedCoSS; what is not there is a comment. Once it is there and the comments are taken out, the plan runs."
+    from medssl_nb.config import read_yaml
+    from medssl_nb.packet import Packet
+
+    data, file = tmp_path / "my data", tmp_path / "plan.yaml"
+    of = dict(report="report", xray="xr", ct="ct", mri="ct", path="he")
+    for n in ("report", "xray", "path"):
+        shutil.copytree(root / of[n], data / n)
+    code, out, err = medssl("continual", "plan", data, "-o", file, "--preset", "small_unified")
+    assert code == 0 and "3 of 5 stages found; ct, mri are not there and stay comments. Next: medssl continual run" in out, err
+    assert [(s["name"], s["kind"], s["data"]) for s in read_yaml(file)["stages"]] == [(n, k, str(data / n)) for n, k in (("report", "text"), ("xray", "2d"), ("path", "2d"))]
+    assert not any("target" in s for s in read_yaml(file)["stages"])
+    refused("continual", "plan", data, "-o", file, says="is there already")
+    refused("continual", "plan", data, says="-o plan.yaml")
+    refused("continual", "plan", tmp_path / "nowhere", "-o", tmp_path / "b.yaml", says=["there is no folder", "report, xray, ct, mri, path"])
+    for n in ("ct", "mri"):
+        shutil.copytree(root / of[n], data / n)
+    file.write_text(file.read_text().replace("# - {", "- {"))
+    few = ["--steps", "1", "--score.scores", "own", "--score.cases", "1", "--train.batch", "2", "--train.workers", "0", "--train.device", "cpu", "--train.bar", "False", "--train.tensorboard", "False"]
+    flags = [w for k, v in TASK.items() for w in [f"--task.{k.replace('_', '-')}", *(map(str, v) if isinstance(v, list) else [str(v)])]]
+    code, out, err = medssl("continual", "run", file, "-o", tmp_path / "run", *few, *flags)
+    assert code == 0, err
+    p = Packet(tmp_path / "run" / "packets" / "05_path")
+    assert [s["name"] for s in p.stages] == ["report", "xray", "ct", "mri", "path"] and p.settings["strategy"] == "medcoss" and set(p.replay()) == set(of)
 
 
 def nursery(root, kills):
