@@ -808,6 +808,7 @@ def write_result(cfg, rows:list, out)->dict:
     text = [f'# {cfg.strategy}: {", ".join(s.name for s in cfg.stages)}', '', f'Method `{cfg.method}` ({cfg.preset}), seed {cfg.train.seed}.' + ('' if all(r.get('held_out', True) for r in rows) else ' **Some stages have no test split: they are scored on training cases.**'), '']
     if cfg.start: text += [f'It begins with packet {Path(cfg.start).name}; the row after 0 stages is that packet, and the measures are of the stages of this plan alone.', '']
     if cfg.strategy == 'packnet' and 'segment' in cfg.score.scores: text += ['`segment` was not taken: it reads the encoder of a packet, and PackNet answers with a part of it for each stage.', '']
+    if cfg.strategy == 'joint' and cfg.score.every: text += ['Nothing was looked at inside (`score.every`): joint training has no old stage.', '']
     for s in scores: text += [f'## {s}', '', measures_md(found, s), '']
     if gaps: text += ['## Inside the stages', '', 'Own loss of old stages while another one was learnt, from the last step before it on: the worst, and how much of the rise was gone at its end.', '', '```', text_table(gaps), '```', '']
     if costs: text += ['## What it cost', '', '```', text_table(costs), '```', '']

@@ -427,7 +427,7 @@ def two_sites(root, method, strategy, stages, settings=None, out="out"):
     base["task"] = replace(base["task"], **SHAPES[method])
     base["settings"] = from_dict(base["settings"], settings or {}, "settings")
     base["train"] = replace(base["train"], batch=2, workers=0, bar=False, tensorboard=False, device="cpu", save_every=0)
-    plan = ContinualConfig(**{**base, "steps": 3, "stages": tuple(StageConfig(s, root / s) for s in stages), "out": root / out, "score": ScoreConfig(scores=("own", "refit", "cka"), cases=3, refit_steps=1)})
+    plan = ContinualConfig(**{**base, "steps": 3, "stages": tuple(StageConfig(s, root / s) for s in stages), "out": root / out, "score": ScoreConfig(scores=("own", "refit", "cka"), cases=3, refit_steps=1, every=1, inside=3)})
     return run(plan)
 
 
@@ -449,6 +449,13 @@ def test_each_method_with_old_cases_of_other_sequences(sequences, method, strate
     assert set(got["packet"].replay()) == ({"a", "b"} if strategy in ("er", "derpp", "medcoss", "invcoss") else set())
     assert {(r["after"], r["stage"]) for r in got["rows"] if r["score"] == "own"} == {(1, 1), (2, 1), (2, 2)} - ({(1, 1)} if strategy == "joint" else set()) and all(np.isfinite(r["value"]) for r in got["rows"])
     assert got["packet"].settings["strategy"] == strategy and got["packet"].settings["method"] == method
+    # what was seen inside the second stage begins and ends with what the packets say, for every method and strategy
+    inside = [r["value"] for r in got["rows"] if "step" in r]
+    own = lambda after: np.mean([r["value"] for r in got["rows"] if r["score"] == "own" and "step" not in r and (r["after"], r["stage"]) == (after, 1)])
+    page = (got["out"] / "result.md").read_text()
+    assert (len(inside) >= 4 and "## Inside the stages" in page) if strategy != "joint" else (not inside and "joint training has no old stage" in page)
+    if inside:
+        assert (inside[0], inside[-1]) == pytest.approx((own(1), own(2)), rel=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -559,7 +566,7 @@ def two_plans(root, out, batch, names, pools={}):
         base["settings"] = replace(base["settings"], **settings)
         base["train"] = replace(base["train"], **{**LOOP, "batch": batch, "optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "save_every": 0, "strategy": "fsdp" if name == "fsdp" else "ddp"})
         stages = tuple(StageConfig(s, root / s, pool=pools.get(s)) for s in ("xr", "he"))
-        run(ContinualConfig(**{**base, "steps": 5, "stages": stages, "out": out / name, "score": ScoreConfig(scores=("own", "cka"), cases=4)}))
+        run(ContinualConfig(**{**base, "steps": 5, "stages": stages, "out": out / name, "score": ScoreConfig(scores=("own", "cka"), cases=4, every=0 if name == "fsdp" else 2, inside=4)}))
 
 
 def test_two_processes_equal_one(root):
@@ -577,6 +584,9 @@ def test_two_processes_equal_one(root):
             a, b = (read_jsonl(root / w / name / "stages" / r / "history.jsonl") for w in ("one_process", "two_processes"))
             assert [x.get("old") for x in a] == [x.get("old") for x in b], name
             assert all(abs(x["loss"] - y["loss"]) < 1e-5 for x, y in zip(a, b, strict=True)), (name, r)
+            if r == "02_he" and name != "fsdp":  # the first process looked at the weights that both share, not at those of the packet
+                a, b = ([x["own:xr"] for x in rs if "own:xr" in x] for rs in (a, b))
+                assert len(a) >= 2 and a == pytest.approx(b, abs=1e-5) and (len(set(a)) == 1) == (name == "packnet"), (name, a, b)
         a, b = (Packet(root / w / name / "packets" / runs[-1]) for w in ("one_process", "two_processes"))
         x, y = a.model(), b.model()
         assert all(torch.allclose(x[k], y[k], atol=1e-5) for k in x), name

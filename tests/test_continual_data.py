@@ -117,6 +117,33 @@ def test_experiments_plan_run_and_report(tmp_path, capsys):
     assert all([s.name for s in p.stages] == ["xray", "ct"] and p.train.seed == 1 and p.strategy == a for a, p in five.items())
 
 
+def test_tables_of_the_experiments_by_hand(tmp_path):
+    "Two seeds, two stages: what was learnt, how far it rose, one arm minus another by seed, steps of a sequence and of joint training, lambda by lambda."
+    import continual_five
+    import continual_small
+    from medssl_nb.core import write_jsonl
+
+    def rows(arm, seed, learnt, end):  # two cases of the first stage, one of the second
+        one = dict(strategy=arm, seed=seed, score="own", held_out=True)
+        at = lambda after, stage, v: [dict(one, after=after, stage=stage, name="ab"[stage - 1], value=x, subject=f"s{i}") for i, x in enumerate(v)]
+        return [*at(1, 1, [learnt - 0.1, learnt + 0.1]), *at(2, 1, [end - 0.2, end + 0.2]), *at(2, 2, [0.7])]
+
+    every = [*rows("medcoss", 0, 0.5, 0.6), *rows("medcoss", 1, 0.4, 0.7), *rows("er", 0, 0.5, 0.9), *rows("er", 1, 0.5, 0.9), dict(rows("er", 0, 9.0, 9.0)[0], held_out=False)]
+    own = continual_small.stage_values(every)["own"]
+    assert own["medcoss"] == {"a": {"0": [0.5, 0.6], "1": [0.4, 0.7]}, "b": {"0": [0.7, 0.7], "1": [0.7, 0.7]}}
+    assert continual_small.rises(own)[2:] == ["| medcoss | +0.200 [-1.071, +1.471] |", "| er | +0.400 [+0.400, +0.400] |"]  # t over two: 12.706 x 0.1
+    assert continual_small.against(own, "medcoss")[2:] == ["| er | -0.200 [-1.471, +1.071] |"]
+    joint = continual_small.stage_values([r for r in rows("joint", 0, 0.5, 0.6) if r["after"] == 2])["own"]
+    assert joint["joint"]["a"] == {"0": [None, 0.6]} and continual_small.rises(joint)[2:] == ["| joint |  |"]
+    cost = lambda new, old, beside, a, b: dict(cost=dict(new_steps=new, old_steps=old, old_batches_beside=beside, extra_passes=dict(student=a, teacher=b)))
+    stages = [cost(10, 0, 0, 0, 0), cost(10, 4, 3, 2, 1)]
+    assert continual_small.cost_of(stages, False) == [20, 7, 3] and continual_small.cost_of(stages, True) == [10, 0, 0]
+    for lam, v in (("0.1", 0.8), ("1e-05", 0.9)):
+        (tmp_path / "sweep" / f"ewc_{lam}_s0").mkdir(parents=True)
+        write_jsonl(tmp_path / "sweep" / f"ewc_{lam}_s0" / "rows.jsonl", rows("ewc", 0, 0.5, v))
+    assert list(continual_five.swept(tmp_path).items()) == [("ewc_1e-05_s0", {"a": 0.9, "b": 0.7}), ("ewc_0.1_s0", {"a": 0.8, "b": 0.7})]
+
+
 def test_without_real_data_it_says_so(tmp_path):
     r = subprocess.run([sys.executable, str(ROOT / "experiments" / "continual_data.py"), str(tmp_path / "out"), "--real", str(tmp_path)], capture_output=True, text=True)
     assert r.returncode == 1 and "SKIPPED: no MANIFEST.csv" in r.stderr and not (tmp_path / "out").exists()
