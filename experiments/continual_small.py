@@ -74,9 +74,9 @@ def span(values):
     return "" if i is None else f"{i['mean']:+.3f}" + ("" if i["low"] is None else f" [{i['low']:+.3f}, {i['high']:+.3f}]")
 
 
-def rises(arms):
-    "Markdown: the rise of each stage but the last, by arm; mean over seeds with its interval."
-    old = list(next(iter(arms.values())))[:-1]
+def rises(arms, old=None):
+    "Markdown: the rise of each stage but the last (or of those named), by arm; mean over seeds with its interval."
+    old = old or list(next(iter(arms.values())))[:-1]
     text = [f"| arm | {' | '.join(old)} |", "|---|" + "---|" * len(old)]
     return text + [f"| {arm} | {' | '.join(span(list(rise(by[s]).values())) if s in by else '' for s in old)} |" for arm, by in arms.items()]
 
@@ -104,7 +104,8 @@ def report(out, name, what, results=Path(__file__).parent.parent / "results", **
     rows, costs = [], {}
     for f in sorted(Path(out).glob("*_s*/result.json")):
         arm = f.parent.name.rsplit("_s", 1)[0]
-        rows += [{**r, "strategy": arm} for r in read_jsonl(f.parent / "rows.jsonl")]  # variants of one strategy are arms of their own
+        besides = Path(out) / "segment" / f.parent.name / "rows.jsonl"  # asked of the packets later: continual_five.py --segment
+        rows += [{**r, "strategy": arm} for g in (f.parent / "rows.jsonl", besides) if g.is_file() for r in read_jsonl(g)]  # variants of one strategy are arms of their own
         packet = sorted((f.parent / "packets").iterdir())[-1] / "packet.json"
         facts = read_json(packet)
         costs.setdefault(arm, dict(patient_data=facts["patient_data"], bytes=sum(v["bytes"] for n, v in facts["files"].items() if n.startswith(("replay/", "strategy/", "statistics/"))), steps=cost_of(facts["stages"], arm == "joint")))
@@ -120,6 +121,9 @@ def report(out, name, what, results=Path(__file__).parent.parent / "results", **
         if score in values:
             text += [f"## Rise of the loss of each stage, {how}", "", *rises(values[score]), ""]
             text += [x for one in ("medcoss", "invcoss") if one in values[score] and len(values[score]) > 2 for x in (*against(values[score], one), "")]
+    if "segment" in values:
+        seen = [s for s in names.values() if any(s in by and any(at is not None for at, _ in by[s].values()) for by in values["segment"].values())]
+        text += ["## Few-label segmentation: what the Dice of each stage gained (lost, below zero) since the stage's own end", "", *rises(values["segment"], seen), ""]
     for score in dict.fromkeys(r["score"] for r in found["table"]):
         text += [f"## {score}", "", measures_md(found, score), ""]
     text += ["## What is kept for later stages, and what was computed", "", "| arm | bytes in the last packet beside weights and decoders | patients' data | steps on new cases | steps on old ones, or batches beside | extra forward passes |", "|---|---:|---|---:|---:|---:|"]

@@ -115,6 +115,10 @@ def test_experiments_plan_run_and_report(tmp_path, capsys):
     (tmp_path / "five" / "stages.json").write_text('[{"name": "xray", "target": "label"}, {"name": "ct", "target": null}]')
     five = {a: continual_five.plan(tmp_path / "five", tmp_path / "out", a, 1) for a in continual_five.FIVE}
     assert all([s.name for s in p.stages] == ["xray", "ct"] and p.train.seed == 1 and p.strategy == a for a, p in five.items())
+    from medssl_nb.core import UserError
+
+    with pytest.raises(UserError, match="ewc_s1 is not finished"):
+        continual_five.segment(tmp_path / "five", tmp_path / "out", "ewc", 1)
 
 
 def test_tables_of_the_experiments_by_hand(tmp_path):
@@ -133,6 +137,7 @@ def test_tables_of_the_experiments_by_hand(tmp_path):
     assert own["medcoss"] == {"a": {"0": [0.5, 0.6], "1": [0.4, 0.7]}, "b": {"0": [0.7, 0.7], "1": [0.7, 0.7]}}
     assert continual_small.rises(own)[2:] == ["| medcoss | +0.200 [-1.071, +1.471] |", "| er | +0.400 [+0.400, +0.400] |"]  # t over two: 12.706 x 0.1
     assert continual_small.against(own, "medcoss")[2:] == ["| er | -0.200 [-1.471, +1.071] |"]
+    assert continual_small.rises(own, ["b"])[2:] == ["| medcoss | +0.000 [+0.000, +0.000] |", "| er | +0.000 [+0.000, +0.000] |"]
     joint = continual_small.stage_values([r for r in rows("joint", 0, 0.5, 0.6) if r["after"] == 2])["own"]
     assert joint["joint"]["a"] == {"0": [None, 0.6]} and continual_small.rises(joint)[2:] == ["| joint |  |"]
     cost = lambda new, old, beside, a, b: dict(cost=dict(new_steps=new, old_steps=old, old_batches_beside=beside, extra_passes=dict(student=a, teacher=b)))
