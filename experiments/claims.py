@@ -127,6 +127,11 @@ def continual(results, name, data):
     out += row("invcoss.as-good-as-replay", "invcoss", "Invented images are as good as real ones.", "+0.14 AVG (89.17 against 89.03)", f"{probe}, InvCoSS minus MedCoSS", pair("invcoss", "medcoss", "linear", "average", 1), f"{SPEC['invcoss']}, section 8", margin=0.02)
     for b, n, paper in (("ewc", "EWC", "+2.90"), ("packnet", "PackNet", "+4.75"), ("cassle", "CaSSLe", "+2.29"), ("lwf", "LwF", "")):
         out += row(f"invcoss.beats-{b}", "invcoss", f"InvCoSS learns better features than {n}, which keeps nobody either.", paper and f"{paper} AVG", f"{probe}, InvCoSS minus {n}", pair("invcoss", b, "linear", "average", 1), f"{SPEC['invcoss']}, section 8")
+    for id, a, b, says, paper in (
+        ("variation-downstream", "tv", "task_statistics", "Total variation in the inversion makes better features.", "+0.63 AVG"),
+        ("repulsion-downstream", "invcoss", "tv", "Repulsion in the inversion makes better features.", "+1.28 AVG"),
+    ):
+        out += row(f"invcoss.{id}", "invcoss", says, paper, f"{probe}, with minus without", pair(a, b, "linear", "average", 1), f"{SPEC['invcoss']}, section 8")
     return out
 
 

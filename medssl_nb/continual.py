@@ -541,8 +541,8 @@ def refitter(task, cases, cfg:Common, score:ScoreConfig, device):
 def segment_rows(cfg:Common, score:ScoreConfig, data:StageData, after:int, packet:Packet, at, region)->list:
     "Subject and Dice of each test case, frozen encoder, few labels; see 61_eval.transfer."
     from medssl_nb.eval.transfer import ProbeConfig, probe
-    got = probe(ProbeConfig(data=data.prepared.dir, out=Path(at)/f'segment_{after:02d}_{data.name}', arms=dict(encoder=str(packet.path/'model')), kind='segment', budgets=(score.labels,), seeds=(cfg.train.seed,), steps=score.segment_steps, channels=tuple(data.channels), region=tuple(region), leave_unlabelled=True, predictions=0, bar=False))
-    return [(r['subject'], r['dice']) for r in got['rows'] if r['arm'] == 'encoder']
+    got = probe(ProbeConfig(data=data.prepared.dir, out=Path(at)/f'segment_{after:02d}_{data.name}', arms=dict(encoder=str(packet.path/'model')), kind='segment', budgets=(score.labels,), seeds=(cfg.train.seed,), steps=score.segment_steps, channels=tuple(data.channels), region=tuple(region), leave_unlabelled=True, predictions=0, bar=False), only=('encoder',))
+    return [(r['subject'], r['dice']) for r in got['rows']]
 
 # %% ../nbs/71_continual.ipynb #a0aa7020
 def score_stage(
