@@ -414,12 +414,14 @@ def ssim(
     span:float,        # R: range of intensities
 )->np.ndarray:         # `(n,)`, at most 1
     "Structural similarity, mean over windows that lie inside."
-    d,C = a.ndim-2,a.shape[1]; conv = (F.conv2d, F.conv3d)[d-2]; a,b = a.double(),b.double()
+    a,b = a.double(),b.double()
+    def band(n):                    # the window as a matrix: torch's convolutions in double precision are slow
+        w = min(11, n - (n+1) % 2); t = torch.exp(-(torch.arange(w, dtype=torch.double) - w//2)**2/(2*1.5**2)); at = torch.arange(n-w+1); m = t.new_zeros(n, n-w+1)
+        for i,v in enumerate(t/t.sum()): m[at+i,at] = v
+        return m
     def blur(x):
-        for k,n in enumerate(x.shape[2:]):
-            w = min(11, n - (n+1) % 2); t = torch.exp(-(torch.arange(w, dtype=torch.double) - w//2)**2/(2*1.5**2)); t = (t/t.sum()).view([1, 1, *(w if i == k else 1 for i in range(d))])
-            x = conv(x, t.expand(C, *t.shape[1:]), groups=C)
-        return x
+        for k,n in enumerate(x.shape[2:-1], 2): x = (band(n).T @ x.flatten(k+1)).unflatten(-1, x.shape[k+1:])
+        return x @ band(x.shape[-1])
     ma,mb = blur(a),blur(b); va,vb,cov = blur(a*a) - ma*ma,blur(b*b) - mb*mb,blur(a*b) - ma*mb; c1,c2 = (.01*span)**2,(.03*span)**2
     return (((2*ma*mb + c1)*(2*cov + c2))/((ma*ma + mb*mb + c1)*(va + vb + c2))).flatten(1).mean(1).numpy()
 
