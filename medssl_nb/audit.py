@@ -587,9 +587,10 @@ def membership(
 def attacks(
     d,                  # `(m, n)` distances of the pool to the site, finite
     shadows=(),         # the same for pools of networks that did not see the patients
+    people=slice(None), # the volumes of people; canaries are none, and set no scale
 )->dict:                # name -> `(n,)` scores
     "Scores of the distance attacks."
-    nearest = -d.min(0); eps = np.median(-nearest); out = dict(nearest=nearest, within=(d < eps).mean(0))
+    nearest = -d.min(0); eps = np.median(-nearest[people]); out = dict(nearest=nearest, within=(d < eps).mean(0))
     if len(shadows): out['calibrated'] = nearest - np.mean([-q.min(0) for q in shadows], 0)
     return out
 
@@ -711,7 +712,7 @@ def checks(
         m = membership(score[ok], site.member[ok], who, draws); out.append(dict(check=f'membership: {name}', space=space, value=m['auc'], low=m['low'], high=m['high'], expected=.5, p=m['p']))
         out.append(dict(check=f'membership: {name}, found at 1 % false alarms', space=space, value=m['tpr'], low=m['tpr_low'], high=m['tpr_high'], expected=m['rate'], p=m['tpr_p']))
     for v in bench.views:
-        scores = attacks(s[f'every {v.name}'], [q[f'every {v.name}'] for q in shadows])
+        scores = attacks(s[f'every {v.name}'], [q[f'every {v.name}'] for q in shadows], ok)
         for n,a in scores.items(): member(n, v.name, a)
         if site.canary.any(): e = exposure(scores['nearest'][site.canary & site.member], scores['nearest'][site.canary & ~site.member]); out.append(dict(check='canaries in the pool, bits', space=v.name, value=e['mean'], expected=1., p=e['p']))
     for n,l in (losses or {}).items():
