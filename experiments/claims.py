@@ -152,7 +152,7 @@ def pools(results, name, world):
                 out.append(Claim(f"invcoss.{id}", "invcoss", says, paper, f"{SPEC['invcoss']}, section 8", what, f"{at[3:]}: {world}", **over_seeds([x[s][key][0] - y[s][key][0] for s in both], sign), compute="a minute a pool", file=file.name, why=why))
 
         row("variation", "Total variation makes images better.", "+0.63 AVG downstream", "distance of the fine spectrum to real images, dB, without minus with", "+ TV", "task+statistics", "voxels: lsd_high", -1)
-        row("repulsion", "Repulsion makes a pool more varied.", "+1.28 AVG downstream", "Vendi score by fixed filters, with minus without", "+ repulsion 1", "+ TV", "filters: vendi_2", 1)
+        row("repulsion", "Repulsion makes a pool more varied.", "+1.28 AVG downstream", "Vendi score by fixed filters, with minus without", "+ repulsion 1", "+ TV", "filters: vendi_2", 1, "varied is not yet likely: see coverage and the Frechet distance there")
         row("invunet-detail", "InvUNet restores detail that a plain decoder loses.", "", "distance of the fine spectrum to real images, dB, plain decoder minus InvUNet", "+ repulsion 1", "plain decoder", "voxels: lsd_high", -1)
         row("generator-detail", "A generator gives better images than free voxels.", "without generator: out of memory", "distance of the fine spectrum to real images, dB, voxels minus InvUNet", "+ repulsion 1", "free voxels", "voxels: lsd_high", -1)
     if "paper, CT: generator (float32) and 6 250 codes (float16)" in d["storage"]:
