@@ -20,7 +20,7 @@ import torch
 from continual_small import ARMS, report
 from medssl_nb.config import from_dict, read_yaml
 from medssl_nb.continual import ContinualConfig, ScoreConfig, StageConfig, common, run
-from medssl_nb.core import UserError, read_json, read_jsonl
+from medssl_nb.core import UserError, atomic_dir, read_json, read_jsonl
 from medssl_nb.invert import InvertConfig
 from medssl_nb.train.trainer import Stopped
 
@@ -54,7 +54,8 @@ def segment(data, out, arm, seed, steps=None, score=None):
         raise UserError(f"{c.out.name} is not finished", "a run with all its packets", f"the same command without --segment, --arms {arm} --seeds {seed}")
     to = Path(out) / "segment" / c.out.name
     if not (to / "packets").exists():
-        shutil.copytree(c.out / "packets", to / "packets", copy_function=os.link)
+        with atomic_dir(to / "packets") as tmp:  # all or none: a stage whose packet is missing would be trained
+            shutil.copytree(c.out / "packets", tmp, copy_function=os.link, dirs_exist_ok=True)
     c.out, c.score = to, score or ScoreConfig(scores=("segment",))
     return run(c)
 

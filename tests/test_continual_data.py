@@ -91,7 +91,7 @@ def test_experiments_plan_run_and_report(tmp_path, capsys):
     import continual_small
 
     from medssl_nb.continual import run
-    from medssl_nb.core import read_json, read_jsonl
+    from medssl_nb.core import UserError, read_json, read_jsonl, write_jsonl
 
     write_patterns(tmp_path / "data", 12, 2, test=8)
     data = tmp_path / "data"
@@ -103,6 +103,9 @@ def test_experiments_plan_run_and_report(tmp_path, capsys):
     made.settings.invert = replace(made.settings.invert, steps=3, batch=4)
     for p in (plans["sequential"], made):
         run(replace(p, warmup=0.25, stages=p.stages[:2], score=replace(p.score, scores=("own", "refit"), refit_steps=2)))
+    asked = [dict(strategy="sequential", seed=0, score="segment", held_out=True, stage=1, name="grating", subject="s", after=a, value=v) for a, v in ((1, 0.5), (2, 0.25))]
+    (tmp_path / "runs" / "segment" / "sequential_s0").mkdir(parents=True)
+    write_jsonl(tmp_path / "runs" / "segment" / "sequential_s0" / "rows.jsonl", asked)  # as continual_five.py --segment leaves them beside the runs
     continual_small.report(tmp_path / "runs", "small", "a test", tmp_path)
     found = read_json(tmp_path / "small.json")
     rows = list(read_jsonl(tmp_path / "runs" / "sequential_s0" / "rows.jsonl"))
@@ -110,13 +113,12 @@ def test_experiments_plan_run_and_report(tmp_path, capsys):
     rise = mean(1, 2) - mean(1, 1)
     assert abs(next(r for r in found["table"] if (r["strategy"], r["score"], r["measure"]) == ("sequential", "own", "forgetting"))["mean"] - rise) < 1e-6
     text = (tmp_path / "small.md").read_text()
+    assert "own end\n\n| arm | grating |\n|---|---|\n| sequential | -0.250 |\n" in text
     assert "| invcoss |" in text and "| sequential | 0 | no |" in text and (tmp_path / "small_curves.png").stat().st_size > 1000
     (tmp_path / "five").mkdir()
     (tmp_path / "five" / "stages.json").write_text('[{"name": "xray", "target": "label"}, {"name": "ct", "target": null}]')
     five = {a: continual_five.plan(tmp_path / "five", tmp_path / "out", a, 1) for a in continual_five.FIVE}
     assert all([s.name for s in p.stages] == ["xray", "ct"] and p.train.seed == 1 and p.strategy == a for a, p in five.items())
-    from medssl_nb.core import UserError
-
     with pytest.raises(UserError, match="ewc_s1 is not finished"):
         continual_five.segment(tmp_path / "five", tmp_path / "out", "ewc", 1)
 

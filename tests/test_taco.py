@@ -132,6 +132,7 @@ def test_a_cut_run_continues_bit_for_bit(whole, data, tmp_path):
 
 
 def test_only_the_sequences_that_were_asked_for(data, tmp_path, capsys, monkeypatch):
+    from medssl_nb.data.cases import Prepared
     from medssl_nb.tasks.taco import TACO
 
     with pytest.raises(UserError, match="1 of 7 cases have none of t1, flair"):
@@ -139,14 +140,16 @@ def test_only_the_sequences_that_were_asked_for(data, tmp_path, capsys, monkeypa
     seen, kept = [], TACO.views
 
     def views(self, batch, gen):
-        seen.append((tuple(batch["image"].shape[1:]), batch["present"].sum(1).min().item()))
+        seen.append((tuple(batch["image"].shape[1:]), dict(zip(batch["case"], batch["present"].tolist()))))
         return kept(self, batch, gen)
 
     monkeypatch.setattr(TACO, "views", views)
     out = run(config(data, tmp_path / "r", 2, ("t1", "t2")))
     assert "on 7 cases of 6 subjects, channels t1, t2;" in capsys.readouterr().out
     assert read_json(out["out"] / "encoder" / "card.json")["channels_seen"] == ["t1", "t2"] and len(out["history"]) == 2
-    assert len(seen) == 2 and {s for s, _ in seen} == {(2, SIDE, SIDE, SIDE)} and all(n >= 1 for _, n in seen)  # nobody without a sequence of these
+    assert len(seen) == 2 and {s for s, _ in seen} == {(2, SIDE, SIDE, SIDE)} and all(seen[k][1] for k in (0, 1))
+    there = {r["case"]: [c in r["channels"] for c in ("t1", "t2")] for r in Prepared(data).rows}  # what each case has of the two, and in their order
+    assert all(have == there[c] for _, cases in seen for c, have in cases.items()) and {True, False} == {h for have in there.values() for h in have}
 
 
 def test_the_encoder_goes_on(whole, data, tmp_path):
