@@ -429,14 +429,16 @@ def ssim_nearest(
     a, b,                # `(n, C, *S)`, `(m, C, *S)`
     span:float,
     forbid=None,         # pairs not to be compared
-    nearest:int=50,      # of `b`, by correlation at low resolution; each in its best orientation
+    nearest:int=50,      # of `b`, by correlation at low resolution and by `spaces`, in turn; each in its best orientation
+    spaces=(),           # distances `(n, m)` in feature spaces
 )->tuple:                # `(n,)` values, `(n,)` rows of `b`
     "Largest SSIM to the nearest volumes, and whose it is."
     c,o = coarse(a, b, 16 if a.ndim == 4 else 8); os = orientations(tuple(a.shape[2:])); out,who = [],[]
-    if forbid is not None: c = np.where(forbid, -3, c)
+    ok = np.ones(c.shape, bool) if forbid is None else ~np.asarray(forbid)
+    orders = np.stack([np.argsort(d, 1, kind='stable') for d in (-c, *spaces)], 2).reshape(len(a), -1)      # the first of each, the second of each ...
     a,b = small(a, SHARP[a.ndim-2]),small(b, SHARP[a.ndim-2])
     for i in range(len(a)):
-        j = [k for k in np.argsort(-c[i], kind='stable')[:nearest] if c[i,k] > -3]
+        j = [k for k in dict.fromkeys(orders[i].tolist()) if ok[i,k]][:nearest]
         v = ssim(torch.stack([oriented(a[i], os[o[i,k]]) for k in j]), b[j], span) if j else np.array([-1.]); out.append(v.max()); who.append(j[v.argmax()] if j else 0)
     return np.array(out),np.array(who)
 
@@ -658,7 +660,7 @@ class Bench:
         site:Site,
         features:dict|None=None,  # name -> function from volumes to `(n, D)`: encoders; `filters` is always there
         patch:int=8,              # side of compared patches, and largest shift, voxels
-        nearest:int=50,           # volumes whose SSIM is computed
+        nearest:int=50,           # volumes whose SSIM is computed, by correlation and by the features of each network in turn
         tick=None,                # called with the number of volumes compared with one side of the site
     ):
         mine = site.wholes(True); ends = [(float(x.min()), float(x.max())) for i in mine for x in [site.whole[int(i)]]]; grey = (min(a for a,_ in ends), max(b for _,b in ends))
@@ -667,11 +669,13 @@ class Bench:
     def state(self, x, rows=None)->dict:
         "Arrays whose first axis is the volumes `x`; `rows`: whose they are, if they are of the site; then nobody is compared with themselves."
         site = self.site; tr,ho = site.rows(True),site.rows(False); span = self.grey[1] - self.grey[0]; forbid = None if rows is None else same_person(site, rows)
-        like = lambda part: ssim_nearest(x, site.x[part], span, None if rows is None else forbid[:,part], self.nearest)
-        (a,i),(b,j) = like(tr),like(ho); out = dict(hash=patch_matches(x, self.keys, self.grey, self.patch), ssim=a, ssim_ho=b, like=tr[i], like_ho=ho[j])
+        out = dict(hash=patch_matches(x, self.keys, self.grey, self.patch))
         for v in self.views:
             out[f'near {v.name}'] = v.near(x, forbid)
             if rows is None: out[f'every {v.name}'] = v.every(x)
+        spaces = [out[f'near {v.name}'] for v in self.views if v.name not in ('voxels', 'filters')]      # of networks: fixed filters find a noisy copy badly
+        like = lambda part: ssim_nearest(x, site.x[part], span, None if rows is None else forbid[:,part], self.nearest, [d[:,part] for d in spaces])
+        (a,i),(b,j) = like(tr),like(ho); out |= dict(ssim=a, ssim_ho=b, like=tr[i], like_ho=ho[j])
         return out
     def patients(self, pool)->dict:
         "What held-out patients show, who cannot have been memorised, when they are as smooth as the pool."
