@@ -97,16 +97,18 @@ def pretrain_arm(plan, out, name, seed):
 
 BASE = ("rec", "mae", "pcrlv2", "brainmvp", "taco")  # the ablation of BrainMVP is judged with gaps alone
 REGIMES = {"gaps": (1.0, tuple(ARMS)), "whole": (0.0, BASE)}  # share of training cases that lose sequences, and the arms
+FILLED = {"brainmvp": "brainmvp_t", "scratch": "scratch01_t"}  # a third regime, of outlines: as `gaps`, with BrainMVP's templates for what is absent and as the second disguise of a case; the same templates for a fresh network
 
 
 def finetune_regime(plan, out, kind, regime, seed):
     "One comparison with one seed, through the command's own function; what is finished is read."
     from medssl_nb.eval.transfer import FinetuneConfig, finetune
 
-    replace, arms = REGIMES[regime]
+    replace, arms = REGIMES.get(regime, (1.0, ("brainmvp",)))
+    filled = dict(missing="template", templates=out / "runs" / f"brainmvp_s{seed}" / "templates") if regime == "filled" else dict(missing="zero")
     seg = kind == "segment"
     c = FinetuneConfig(
-        data=out / "prepared", out=out / f"{kind}_{regime}_s{seed}", arms={a: str(out / "runs" / f"{a}_s{seed}") for a in arms}, kind=kind, missing="zero", replace=replace, subsets=True, seeds=(seed,),
+        data=out / "prepared", out=out / f"{kind}_{regime}_s{seed}", arms={a: str(out / "runs" / f"{a}_s{seed}") for a in arms}, kind=kind, **filled, replace=replace, subsets=True, seeds=(seed,),
         group=("lesion",) if seg else (), regions=((1, 2, 3),) if seg else (), target="finding", budgets=(plan.seg_labels if seg else plan.cls_labels,), steps=plan.seg_steps if seg else plan.cls_steps,
         batch=plan.seg_batch if seg else plan.cls_batch, lr=(plan.tune_lr,), warmup=5, val=0.0, predictions=0, precision="bf16-mixed", device="cpu", bar=False,
     )
@@ -116,9 +118,12 @@ def finetune_regime(plan, out, kind, regime, seed):
     return got["subsets"]
 
 
+INPUT = dict(scratch="zscore", scratch01="none", scratchfg="foreground")  # of the twins: MAE's and PCRLv2's, BrainMVP's, TACO's
+
+
 def late_probe(plan, out, seed):
     """The late-fusion probe of the TACO specification, section 6: every sequence through the frozen encoder by itself, pooled, the mean over what is there, a linear head. A missing sequence is left out of the mean.
-    `whole`: the head learns from the mean over all; `gaps`: from the means over all subsets. Beside the encoders two random ones, one for each kind of input."""
+    `whole`: the head learns from the mean over all; `gaps`: from the means over all subsets. Beside the encoders random ones, one for each kind of input."""
     import numpy as np
     from sklearn.linear_model import LogisticRegression
 
@@ -141,12 +146,12 @@ def late_probe(plan, out, seed):
     names = ["+".join(s) for s in subsets(plan.sequences)]
     cells = {k: [] for k in REGIMES}
     first = load_encoder(out / "runs" / f"rec_s{seed}")[0].spec()
-    for name in ("scratch", "scratch01", *ARMS):
+    for name in (*INPUT, *ARMS):
         if name in ARMS:
             enc, card = load_encoder(out / "runs" / f"{name}_s{seed}")
             norm = card["input"]
         else:
-            enc, norm = fresh(first, seed), "none" if name == "scratch01" else "zscore"
+            enc, norm = fresh(first, seed), INPUT[name]
         pool = {}
         with evaluating(enc):
             for c, v in x.items():  # (sequences, features of all levels)
@@ -168,12 +173,21 @@ def late_probe(plan, out, seed):
 # what is claimed, as pairs of arms
 DRAWS = 100  # of the bootstrap of an AUC
 FORMS = dict(segment="segment", classify="classify", probe="classify")
-PAIRS = (("brainmvp", "mae"), ("brainmvp", "pcrlv2"), ("brainmvp", "rec"), ("cmr_md", "cmr"), ("brainmvp", "cmr_md"), ("taco", "rec"), ("taco", "mae"), ("taco", "brainmvp"), ("taco", "pcrlv2"))
-TWIN = {a: "scratch01" if ARMS[a][0] == "brainmvp" else "scratch" for a in ARMS}  # of the same input: BrainMVP's is in [0, 1], the others' is z-scored
+PAIRS = (("brainmvp_t", "brainmvp"), ("scratch01_t", "scratch01"), ("brainmvp_t", "mae"), ("brainmvp_t", "pcrlv2"), ("brainmvp", "mae"), ("brainmvp", "pcrlv2"), ("brainmvp", "rec"), ("cmr_md", "cmr"), ("brainmvp", "cmr_md"), ("taco", "rec"), ("taco", "mae"), ("taco", "brainmvp"), ("taco", "pcrlv2"))
+TWIN = {a: {"brainmvp": "scratch01", "taco": "scratchfg"}.get(ARMS[a][0], "scratch") for a in ARMS} | {"brainmvp_t": "scratch01_t"}  # of the same input
+
+
+def twins(arms):
+    "What the command calls the twins (the first one `scratch`, another one after the first arm with its input), and what they are called here."
+    first = {}
+    for a in arms:
+        first.setdefault(TWIN[a], a)
+    return {f"scratch-{a}" if i else "scratch": t for i, (t, a) in enumerate(first.items())}
 
 
 def gather(out, kind, regime, seeds):
-    "Rows of the finished seeds; twins under the name of their input."
+    "Rows of the finished seeds; twins under the name of their input. Beside outlines with gaps those with templates, in which both arms have another name."
+    name = FILLED if regime == "filled" else twins(REGIMES[regime][1])
     rows, done = [], []
     for s in seeds:
         d = out / f"{kind}_{regime}_s{s}"
@@ -181,7 +195,9 @@ def gather(out, kind, regime, seeds):
             continue
         done.append(s)
         for r in read_jsonl(d / "subsets.jsonl"):
-            rows.append(dict(r, arm="scratch01" if r["arm"].startswith("scratch-") else r["arm"]))
+            rows.append(dict(r, arm=name.get(r["arm"], r["arm"]) if kind != "probe" else r["arm"]))
+    if (kind, regime) == ("segment", "gaps"):
+        rows += gather(out, kind, "filled", done)[0]
     return rows, done
 
 
@@ -203,7 +219,7 @@ def net_pairs(part):
     out = []
     for p in part["pairs"]:
         a, b = p["a"], p["b"]
-        if a not in ARMS or b not in ARMS or TWIN[a] == TWIN[b] or not part["scores"]:
+        if a not in TWIN or b not in TWIN or TWIN[a] == TWIN[b] or not part["scores"]:
             continue
         at = {l["n"]: l for l in outline_lines(rows_of(part, a, TWIN[a]), rows_of(part, b, TWIN[b]))}
         out.append(dict(a=a, b=b, full=at[max(n for n in at if n != "fewer")]["diff"], fewer=at["fewer"]["diff"], drop=at["fewer"]["drop_diff"]))
@@ -251,7 +267,7 @@ def markdown(facts):
         lines = lambda pairs: [f"| {p['a']} − {p['b']} | " + " | ".join(span(p[k]) for k in COLUMNS) + " |" for p in pairs]
         text += [f"## {NAMES[kind]}, {SHOWN[regime]}: {len(d['seeds'])} seeds", "", subset_md(d["tables"], FORMS[kind]), head, "|---|---|---|---|", *lines(d["pairs"]), ""]
         if d.get("net"):
-            text += ["BrainMVP and its ablations see [0, 1], the others z-scores. Such pairs once more, each arm measured from the scratch twin with its own input, by seed and person:", "", head.replace("pair", "pair, each minus its twin"), "|---|---|---|---|", *lines(d["net"]), ""]
+            text += ["BrainMVP and its ablations see [0, 1] (`_t`: with templates for what is absent), TACO and reconstruction z-scores over the head, MAE and PCRLv2 z-scores of the whole crop. Pairs of different inputs once more, each arm measured from the scratch twin with its own input, by seed and person:", "", head.replace("pair", "pair, each minus its twin"), "|---|---|---|---|", *lines(d["net"]), ""]
     text += ["## Does it pay to take sequences away in training?", "", "Differences: shown gaps − never shown one.", "", "| | arm | with all [95 %] | with fewer [95 %] | drops [95 %] |", "|---|---|---|---|---|"]
     return text + [f"| {NAMES[g['kind']]} | {g['arm']} | {span(g['full'])} | {span(g['fewer'])} | {span(g['drop'])} |" for g in facts["gain_of_gaps"]]
 
@@ -274,7 +290,7 @@ def report(plan, out, results):
     from medssl_nb.eval.missing import decision_lines, outline_lines, subset_tables
     from medssl_nb.plot.volume import png
 
-    arms = {a: SimpleNamespace(twin=a) for a in ("scratch", "scratch01")} | {a: SimpleNamespace(twin=TWIN[a]) for a in ARMS}
+    arms = {a: SimpleNamespace(twin=a) for a in (*INPUT, "scratch01_t")} | {a: SimpleNamespace(twin=TWIN[a]) for a in TWIN}
     facts, pictures = dict(plan=vars(plan), parts={}), []
     for kind, form in FORMS.items():
         lines_of = outline_lines if form == "segment" else decision_lines
@@ -285,7 +301,7 @@ def report(plan, out, results):
             tables = subset_tables(rows, arms, form, DRAWS)
             mine = {a: [r for r in rows if r["arm"] == a] for a in arms}
             pairs = []
-            for a, b in () if kind == "classify" else (*PAIRS, ("scratch01", "scratch")):
+            for a, b in () if kind == "classify" else (*PAIRS, ("scratch01", "scratch"), ("scratchfg", "scratch")):
                 if mine[a] and mine[b]:
                     at = {l["n"]: l for l in (lines_of(mine[a], mine[b]) if form == "segment" else lines_of(mine[a], mine[b], DRAWS))}
                     top = max(n for n in at if n != "fewer")
@@ -399,6 +415,8 @@ def main():
                     continue
                 for regime in a.regimes:
                     finetune_regime(plan, a.out, kind, regime, s)
+                if kind == "segment" and "gaps" in a.regimes:
+                    finetune_regime(plan, a.out, kind, "filled", s)
     if a.stage in ("report", "all"):
         report(plan, a.out, HERE.parent / "results")
 
