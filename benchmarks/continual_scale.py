@@ -3,22 +3,18 @@
     python benchmarks/continual_scale.py                  # writes benchmarks/continual_scale.json and continual_scale.png
     python benchmarks/continual_scale.py --sizes 100 1000 # quicker
 
-Form and measures are those of scale.py: each measurement is a process of its own, `cpu` its processor time, `extra` its peak of resident memory above what it had after imports (Linux only).
+Form and measures are those of scale.py: each measurement is a process of its own, `cpu` its processor time, `extra` its peak of resident memory above what it had after imports (Linux only);
+of k-means also `own`, the peak without the pages of the features' file, which the system takes back when it needs them.
 The new stage has `n` cases, its buffer 5 % of `n`; features are of width 768, as of a ViT-B, in float32 on disk. The volumes of the buffer are real files of 2 kB.
 """
-import argparse
-import gc
 import json
-import os
-import platform
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
+import threading
 from pathlib import Path
 
-from scale import slope, status
+from measure import child, command, facts, save, status, versions, watched
+from scale import figure, growth
 
 HERE = Path(__file__).parent
 SIZES = (100, 1000, 10000, 100000)
@@ -28,8 +24,7 @@ PARTS = {
     "plan": "an epoch of mixed steps: keys",
     "resume": "the first keys at step 1 000 000",
     "chance": "a buffer by chance, and by reservoir",
-    "kmeans": "a buffer by k-means (centres from a sample above 50 000)",
-    "exact": "the same, centres from all cases",
+    "kmeans": "a buffer by k-means (above 5 000 in pieces)",
     "write": "write a buffer of 5 %",
 }
 
@@ -81,99 +76,57 @@ def measure(part, root):
     if data:
         buffer = c.Cases(prepared, prepared.rows.take(s.random_rows(n, s.part(n))), region=(6, 6, 6))
         mix = s.Mixed(data, dict(old=buffer))
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    base, t, w = status("VmRSS"), time.process_time(), time.perf_counter()
-    if part == "text":
-        out["cases"] = len(s.TextCases(root / "reports", target="class"))
-    elif part == "plan":
-        steps = mix.items(BATCH, 1).length
-        out["steps"], out["share"] = sum(1 for _ in mix.loader(BATCH, 1, steps=steps).sampler), round(mix.share(BATCH), 4)
-    elif part == "resume":
-        next(iter(mix.loader(BATCH, 1, start=1_000_000, steps=1_000_001).sampler))
-    elif part == "chance":
-        out["kept"] = [len(f(n, s.part(n), 1)) for f in (s.random_rows, s.reservoir)]
-    elif part in ("kmeans", "exact"):
-        rows, out["facts"] = s.kmeans_buffer(np.load(root / "features.npy", mmap_mode="r"), **(dict(whole=n) if part == "exact" else {}))
-        out["kept"] = len(rows)
-    elif part == "write":
-        shutil.rmtree(root / "buffer", ignore_errors=True)
-        out["kept"] = s.write_buffer(prepared, prepared.rows.take(s.random_rows(n, s.part(n))), root / "buffer", "stage", "random")["cases"]
-    out.update(cpu=round(time.process_time() - t, 3), clock=round(time.perf_counter() - w, 3), extra=status("VmHWM") - base)
+    with watched(out):
+        if part == "text":
+            out["cases"] = len(s.TextCases(root / "reports", target="class"))
+        elif part == "plan":
+            steps = mix.items(BATCH, 1).length
+            out["steps"], out["share"] = sum(1 for _ in mix.loader(BATCH, 1, steps=steps).sampler), round(mix.share(BATCH), 4)
+        elif part == "resume":
+            next(iter(mix.loader(BATCH, 1, start=1_000_000, steps=1_000_001).sampler))
+        elif part == "chance":
+            out["kept"] = [len(f(n, s.part(n), 1)) for f in (s.random_rows, s.reservoir)]
+        elif part == "kmeans":
+            own, done = [status("RssAnon")], threading.Event()
+
+            def watch():
+                while not done.wait(0.02):
+                    own.append(status("RssAnon"))
+
+            threading.Thread(target=watch, daemon=True).start()
+            rows, out["facts"] = s.kmeans_buffer(np.load(root / "features.npy", mmap_mode="r"))
+            done.set()
+            out.update(kept=len(rows), own=max(own) - own[0])
+        elif part == "write":
+            shutil.rmtree(root / "buffer", ignore_errors=True)
+            out["kept"] = s.write_buffer(prepared, prepared.rows.take(s.random_rows(n, s.part(n))), root / "buffer", "stage", "random")["cases"]
     return out
 
 
-def child(part, root):
-    r = subprocess.run([sys.executable, __file__, "--measure", part, str(root)], capture_output=True, text=True)
-    if r.returncode:
-        raise RuntimeError(r.stderr)
-    return json.loads(r.stdout.splitlines()[-1])
+def draw(sizes, table, path):
+    figure(sizes, table, PARTS, path, {"the features themselves, float32": ([4 * WIDTH * n / 1e6 for n in sizes], dict(ls=":", c="k", lw=1))}, height=4.6)
 
 
-def figure(sizes, table, path):
-    "Time and memory over cases, on logarithmic axes."
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(9, 4.6), layout="constrained")
-    a, b = fig.subplots(1, 2)
-    for part, rows in table.items():
-        x = sizes[: len(rows)]
-        a.plot(x, [max(r["cpu"], 1e-3) for r in rows], "o-", ms=4, label=f"{PARTS[part]} ({slope(x, [r['cpu'] for r in rows])[-1]:.2f})")
-        b.plot(x, [max(r["extra"] / 1e6, 0.1) for r in rows], "o-", ms=4, label=PARTS[part])
-    a.plot(sizes, [1e-3 * n for n in sizes], "k:", lw=1, label="1 ms a case")
-    b.plot(sizes, [4 * WIDTH * n / 1e6 for n in sizes], "k:", lw=1, label="the features themselves, float32")
-    a.set(xscale="log", yscale="log", xlabel="cases", ylabel="processor seconds", title="time (last slope; 1 is linear)")
-    b.set(xscale="log", yscale="log", xlabel="cases", ylabel="MB above imports, at the peak", title="memory")
-    for ax in (a, b):
-        ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-        ax.grid(alpha=0.3)
-    fig.savefig(path, dpi=110)
-
-
-def main(sizes, exact=10000):
-    import numpy
-    import sklearn
-    import torch
-
+def main(sizes):
     table = {p: [] for p in PARTS}
     for n in sizes:
         root = Path(tempfile.mkdtemp(prefix="continual"))
         try:
             simulate(root, n)
             for part in PARTS:
-                if part != "exact" or n <= exact:
-                    table[part].append(child(part, root))
-                    print(n, part, table[part][-1], flush=True)
+                table[part].append(child(__file__, "--measure", part, root))
+                print(n, part, table[part][-1], flush=True)
         finally:
             shutil.rmtree(root)
     assert [r["kept"] for r in table["write"]] == [n // 20 for n in sizes]
-    per = {p: round((r[-1]["extra"] - r[-2]["extra"]) / (sizes[len(r) - 1] - sizes[len(r) - 2])) for p, r in table.items()}
     row = dict(
-        goal="time linear, memory flat but for the features, as cases grow 10x, 100x, 1000x",
-        sizes=list(sizes),
-        width=WIDTH,
-        batch=BATCH,
-        seconds_slopes={p: slope(sizes[: len(r)], [x["cpu"] for x in r]) for p, r in table.items()},
-        bytes_a_case=per,
-        parts=PARTS,
-        results=table,
-        machine=platform.machine(),
-        cpus=os.cpu_count(),
-        load=os.getloadavg()[0],
-        python=platform.python_version(),
-        versions=dict(torch=torch.__version__, numpy=numpy.__version__, sklearn=sklearn.__version__),
+        goal="time linear, memory flat, as cases grow 10x, 100x, 1000x", sizes=list(sizes), width=WIDTH, batch=BATCH, **growth(sizes, table), parts=PARTS, results=table,
+        **facts("machine", "cpus", "load", "python"), versions=versions("torch", "numpy", sklearn="scikit-learn"),
     )
-    (HERE / "continual_scale.json").write_text(json.dumps(row, indent=1) + "\n")
-    figure(sizes, table, HERE / "continual_scale.png")
+    save(HERE / "continual_scale.json", row)
+    draw(sizes, table, HERE / "continual_scale.png")
     print(json.dumps({k: row[k] for k in ("seconds_slopes", "bytes_a_case")}, indent=1))
 
 
 if __name__ == "__main__":
-    a = argparse.ArgumentParser()
-    a.add_argument("--sizes", type=int, nargs="+", default=SIZES)
-    a.add_argument("--measure", nargs=2)
-    a = a.parse_args()
-    if a.measure:
-        print(json.dumps(measure(*a.measure)))
-    else:
-        main(tuple(a.sizes))
+    command(__doc__, main, measure, SIZES)

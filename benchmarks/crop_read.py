@@ -6,7 +6,7 @@ Volumes are smooth anatomy plus noise as int16 (240 x 240 x 155 with an empty su
 without, as a chest CT). All ways read the same boxes, in the same run, taking turns, one thread, from the page cache. Goal (DESIGN, section 6):
 a 96^3 crop from the prepared volume in at most 1/20 of the time from .nii.gz.
 """
-import json, os, platform, statistics, sys, tempfile, time
+import os, statistics, sys, tempfile
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 from scipy.ndimage import zoom
 
+from measure import clocked, facts, save, versions
 from medssl_nb.data.cases import Cases, Prepared, read_array, write_case, write_index
 from medssl_nb.data.volume import Grid, write_nifti
 
@@ -41,10 +42,8 @@ def timed(ways, todo):
     t = {k: [] for k in ways}
     for _ in range(2):
         for k,f in ways.items():
-            for b in todo:
-                w,c = time.perf_counter(),time.process_time(); f(b)
-                t[k].append(((time.perf_counter() - w)*1e3, (time.process_time() - c)*1e3))
-    return {k: tuple(round(statistics.median(x), 3) for x in zip(*v)) for k,v in t.items()}
+            t[k] += [clocked(f, b)[:2] for b in todo]
+    return {k: tuple(round(statistics.median(x)*1e3, 3) for x in zip(*v)) for k,v in t.items()}
 
 def nii_full(path, box):
     x = np.asanyarray(nib.load(path).dataobj)
@@ -61,7 +60,7 @@ def layouts(x, tmp, repeats):
             for chunk,block in ((None, None), (32, 32), (64, 16), (64, 32), (96, 32), (128, 32)):
                 cut = lambda n: None if n is None else (1, *(min(n, s) for s in x.shape[1:]))
                 cp = blosc2.CParams(codec=getattr(blosc2.Codec, codec), clevel=5, typesize=2, filters=[getattr(blosc2.Filter, filt)], nthreads=1)
-                t = time.process_time(); p.write_bytes(blosc2.asarray(x, chunks=cut(chunk), blocks=cut(block), cparams=cp).to_cframe()); t = time.process_time() - t
+                _,t,_ = clocked(lambda: p.write_bytes(blosc2.asarray(x, chunks=cut(chunk), blocks=cut(block), cparams=cp).to_cframe()))
                 rows.append(dict(codec=codec, filter=filt, chunk=chunk, block=block, mb=round(p.stat().st_size/1e6, 2), write_s=round(t, 2),
                     **{f'ms_{n}': timed(dict(r=lambda b: read_array(p, b)), boxes(x.shape[1:], s, repeats))['r'][1] for n,s in BOXES.items()}))
                 print(rows[-1], flush=True)
@@ -88,8 +87,8 @@ def main(repeats=15):
         if name == 'head': lay = layouts(y, tmp, repeats)
     worst = max(r[f'item_of_nii_{w}_cpu'] for r in rows if r['box'] == '96x96x96' for w in ('full','slice'))
     out = dict(goal='96^3 crop, as an item of the data set, at most 1/20 of .nii.gz; judged in processor time, because the clock of a shared machine measures its neighbours', met=worst <= 1/20, worst_share_96=worst, rows=rows, layouts=lay, repeats=repeats, threads=1, cache='warm',
-        machine=dict(cpu=platform.processor() or platform.machine(), cores=os.cpu_count(), python=platform.python_version()), versions=dict(blosc2=blosc2.__version__, nibabel=nib.__version__, numpy=np.__version__))
-    Path(__file__).with_suffix('.json').write_text(json.dumps(out, indent=1) + '\n')
+        machine=facts('cpu', 'cores', 'python'), versions=versions('blosc2', 'nibabel', 'numpy'))
+    save(Path(__file__).with_suffix('.json'), out)
     print('worst share', worst)
 
 if __name__ == '__main__': sys.exit(main())

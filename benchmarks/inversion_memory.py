@@ -7,14 +7,10 @@ Three arms, each point a process of its own: InvUNet with one code for each imag
 the specification; slabs are 16 x 96 x 96 instead of 16 x 192 x 192, which divides both sides of the comparison by four. The inverted model is a small masked autoencoder, the same in all arms. `extra` is the peak of
 resident memory above what the process had before the first step (Linux only); nothing is rendered or written. Goal (DESIGN 6): the crossing is found and shown.
 """
-import argparse
 import json
-import os
-import platform
-import resource
-import subprocess
-import sys
 from pathlib import Path
+
+from measure import child, command, facts, save, status, versions
 
 HERE = Path(__file__).parent
 SIZE, BATCH, SIZES = (16, 96, 96), 2, (16, 64, 256, 512, 1024)
@@ -24,6 +20,8 @@ ARMS = {"invunet": "InvUNet, all images jointly", "voxels": "free voxels, all im
 def measure(arm, n, batch):
     "Two steps of an inversion of `n` images."
     import torch
+
+    n, batch = int(n), int(batch)
 
     from medssl_nb.invert import InvertConfig, Run, invert_step
     from medssl_nb.losses.statistics import calibrate, lent
@@ -37,12 +35,12 @@ def measure(arm, n, batch):
     stats = calibrate(task, [b], batch)
     cfg = InvertConfig(n=n, batch=batch, steps=2, generator="invunet" if arm == "invunet" else "voxels", work="chunks" if arm == "chunks" else "joint", chunk=max(batch, 2), bar=False)
     run = Run(task, stats, cfg, {}, batch, 64, torch.device("cpu"), stats.target(), dict(task=0.0, norm=0.0), "")
-    before = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS"))) * 1024
+    before = status("VmRSS")
     with lent(task):
         run.begin()
         for t in range(2):
             invert_step(run.inv, task, stats, run.target, run.floor, cfg, run.opt, t, t, 2, batch)
-    return dict(images=n, extra=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, state=sum(x.numel() * x.element_size() for x in (*run.inv.parameters(), *run.inv.buffers())), grid=list(grid))
+    return dict(images=n, extra=status("VmHWM") - before, state=sum(x.numel() * x.element_size() for x in (*run.inv.parameters(), *run.inv.buffers())), grid=list(grid))
 
 
 def crossing(a, b):
@@ -71,33 +69,20 @@ def figure(table, cross, batch, path):
 
 
 def main(sizes, batch):
-    import torch
-
     table = {a: [] for a in ARMS}
     for arm in ARMS:
         for n in sizes:
-            r = subprocess.run([sys.executable, __file__, "--measure", arm, str(n), "--batch", str(batch)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            if r.returncode:
-                sys.exit(r.stderr)
-            table[arm].append(json.loads(r.stdout.splitlines()[-1]))
+            table[arm].append(child(__file__, "--measure", arm, n, batch, OMP_NUM_THREADS="1"))
             print(arm, table[arm][-1], flush=True)
     cross = crossing(table["invunet"], table["voxels"])
     row = dict(
         goal="the crossing is found and shown", size=SIZE, batch=batch, arms=ARMS, results=table, crossing=cross, crossing_in_batches=cross["images"] / batch,
-        machine=platform.machine(), cpus=os.cpu_count(), python=platform.python_version(), versions=dict(torch=torch.__version__),
+        **facts("machine", "cpus", "python"), versions=versions("torch"),
     )
-    (HERE / "inversion_memory.json").write_text(json.dumps(row, indent=1) + "\n")
+    save(HERE / "inversion_memory.json", row)
     figure(table, cross, batch, HERE / "inversion_memory.png")
     print(json.dumps(cross, indent=1))
 
 
 if __name__ == "__main__":
-    a = argparse.ArgumentParser()
-    a.add_argument("--sizes", type=int, nargs="+", default=SIZES)
-    a.add_argument("--batch", type=int, default=BATCH)
-    a.add_argument("--measure", nargs=2)
-    a = a.parse_args()
-    if a.measure:
-        print(json.dumps(measure(a.measure[0], int(a.measure[1]), a.batch)))
-    else:
-        main(a.sizes, a.batch)
+    command(__doc__, main, measure, SIZES, batch=dict(type=int, default=BATCH))

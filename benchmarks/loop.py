@@ -12,7 +12,6 @@ Wall time on a busy machine says more about the neighbours; the processor time o
 """
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -24,6 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from measure import clocked, facts, save  # noqa: E402
 from medssl_nb.core import generator  # noqa: E402
 from medssl_nb.data.cases import Cases, write_case, write_index  # noqa: E402
 from medssl_nb.data.masking import block_mask  # noqa: E402
@@ -103,13 +103,12 @@ def overhead(widths, batch, steps, tmp, warm=3):
     bare, ours = turns.bare[warm:], turns.ours[warm:]
     paired = statistics.median(o[1] / b[1] for o, b in zip(ours, bare))
     med = lambda xs, k: statistics.median(x[k] for x in xs)
-    t = time.perf_counter()
-    save_checkpoint(tmp / "again", task, torch.optim.AdamW(task.parameters()), 1)
+    saving, _, _ = clocked(lambda: save_checkpoint(tmp / "again", task, torch.optim.AdamW(task.parameters()), 1))
     return dict(
         widths=widths, batch=batch, shape=REGION, parameters=sum(p.numel() for p in task.parameters()), steps=len(ours),
         bare_cpu_s=round(med(bare, 1), 4), ours_cpu_s=round(med(ours, 1), 4), ratio_cpu=round(paired, 4), ratio_cpu_of_medians=round(med(ours, 1) / med(bare, 1), 4), ratio_cpu_sums=round(sum(o[1] for o in ours) / sum(b[1] for b in bare), 4),
         bare_wall_s=round(med(bare, 0), 4), ours_wall_s=round(med(ours, 0), 4), ratio_wall=round(med(ours, 0) / med(bare, 0), 4),
-        checkpoint_weights_s=round(time.perf_counter() - t, 3),
+        checkpoint_weights_s=round(saving, 3),
     )
 
 
@@ -160,11 +159,11 @@ def main():
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         row = dict(
-            goal=dict(loop_ratio=1.03, data_wait=0.05), machine=platform.machine(), threads=torch.get_num_threads(), cpus=os.cpu_count(), load=round(os.getloadavg()[0], 2), torch=str(torch.__version__),
+            goal=dict(loop_ratio=1.03, data_wait=0.05), **facts("machine", "threads", "cpus", "load", "torch"),
             overhead=[overhead((16, 32, 64, 128), 2, 28, d / "small"), overhead((64, 128, 256, 512), 1, 7, d / "spec", 1)],
             data_wait=waits(d),
         )
-    (HERE / "loop.json").write_text(json.dumps(row, indent=1) + "\n")
+    save(HERE / "loop.json", row)
     print(json.dumps(row, indent=1))
 
 

@@ -12,27 +12,16 @@ Both forms use the same modules, weights, views and drawn levels, the same preci
 the paired ratio, in CPU seconds of the process where one thread works, wall seconds otherwise. The first step of each form warms up and is not counted (96^3: one step, counted). Peak memory is that of a process of its own.
 `macs` counts multiplications of the forward pass: the floor that the ratio could reach if every multiplication cost the same and everything else nothing.
 """
-import argparse, json, os, platform, subprocess, sys, time
-from pathlib import Path
+import json, os, time
+from statistics import median
+from measure import Peak, StepRecord, step_child, step_clock, step_peaks, step_settings, turns
 
-ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-ap.add_argument('--device', default='cpu')
-ap.add_argument('--threads', type=int, default=1)
-ap.add_argument('--cases', type=int, default=2, help='per step; batch norm over pooled vectors needs two')
-ap.add_argument('--steps', type=int, default=3, help='timed steps of each form')
-ap.add_argument('--parts', nargs='*', default=['macs', 'profile', 'time64', 'memory64', 'half64', 'layout64', 'time2d', 'memory2d', 'views', 'time96', 'memory96'])
-ap.add_argument('--forms', nargs='*', default=['literal', 'ours', 'ours_unmerged', 'ours_one_level'], help='what is timed; literal always')
-ap.add_argument('--out', default=str(Path(__file__).with_suffix('.json')))
-ap.add_argument('--child', help=argparse.SUPPRESS)
-ap.add_argument('--form', help=argparse.SUPPRESS)
-a = ap.parse_args()
-os.environ['OMP_NUM_THREADS'] = str(a.threads)
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+a = step_settings(__doc__, __file__, ('macs', 'profile', 'time64', 'memory64', 'half64', 'layout64', 'time2d', 'memory2d', 'views', 'time96', 'memory96'), 3,
+    cases=dict(type=int, default=2, help='per step; batch norm over pooled vectors needs two'), forms=dict(nargs='*', default=['literal', 'ours', 'ours_unmerged', 'ours_one_level'], help='what is timed; literal always'))
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-torch.set_num_threads(a.threads)
 from medssl_nb.core import generator
 from medssl_nb.tasks.pcrlv2 import PCRLv2, PCRLv2Config, draw_levels, make_views
 
@@ -74,9 +63,7 @@ def random_views(cfg, S, step):
     g = generator(0, step, 0, 'bench'); r = lambda n,s: torch.rand(n, cfg.in_channels, *s, generator=g).to(a.device)
     return dict(x1=r(a.cases, cfg.size), x2=r(a.cases, cfg.size), local=r(a.cases*cfg.n_local, cfg.local_size), target=[r(a.cases, cfg.size)], beta=.7, levels=draw_levels(cfg, S, g))
 
-def sync():
-    if a.device != 'cpu': torch.cuda.synchronize()
-clock = time.process_time if a.device == 'cpu' and a.threads == 1 else time.perf_counter
+sync,clock = step_clock(a)
 
 def timing(part):
     from dataclasses import replace
@@ -103,10 +90,9 @@ def timing(part):
             if i or not warm: t[k].append(s)
         if i == 0: assert abs(losses['literal'] - losses['ours']) < (.02 if part.startswith('half') else 1e-4), losses
         if i == 0: first = dict(losses)
-    med = lambda x: sorted(x)[len(x)//2] if len(x) % 2 else sum(sorted(x)[len(x)//2-1:][:2])/2
     pairs = {k: [y/z for y,z in zip(x, t['literal'])] for k,x in t.items() if k != 'literal'}
     return dict(size=cfg.size, cases=a.cases, head=cfg.head, net=cfg.net, layout='channels_last' if part.startswith('layout') else 'contiguous', precision='bfloat16 autocast' if part.startswith('half') else 'float32', views='noise',
-        steps=steps, warm_up=int(warm), date=time.strftime('%Y-%m-%d'), load_average=[round(load, 1), round(os.getloadavg()[0], 1)], seconds={k: round(med(x), 3) for k,x in t.items()}, ratio={k: round(med(x), 3) for k,x in pairs.items()},
+        steps=steps, warm_up=int(warm), date=time.strftime('%Y-%m-%d'), load_average=[round(load, 1), round(os.getloadavg()[0], 1)], seconds={k: round(median(x), 3) for k,x in t.items()}, ratio={k: round(median(x), 3) for k,x in pairs.items()},
         ratio_of_each_step={k: [round(y, 3) for y in x] for k,x in pairs.items()}, first_loss={k: round(first[k], 6) for k in ('literal','ours')})
 
 def macs(_):
@@ -138,17 +124,12 @@ def profile(_):
         out[form] = {k: round(x, 2) for k,x in sorted(row.items(), key=lambda r: -r[1])}
     return dict(size=cfg.size, cases=a.cases, steps=1, load_average=round(os.getloadavg()[0], 1), seconds=out)
 
-def rss(key):
-    return next(int(l.split()[1])/1024 for l in open('/proc/self/status') if l.startswith(key))
-
 def memory(part, form):
     "Peak of two steps over what the process held before them, MiB."
-    task,run,opt = make(config(part), form)
-    if a.device != 'cpu': torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()/2**20
-    else: before = rss('VmRSS')
+    task,run,opt = make(config(part), form); peak = Peak(a.device)
     for i in range(1 if '96' in part else 2):
         loss = run(random_views(config(part), task.S, i)); loss.backward(); opt.step(); opt.zero_grad(set_to_none=True)
-    return (torch.cuda.max_memory_allocated()/2**20 if a.device != 'cpu' else rss('VmHWM')) - before
+    return peak()
 
 def views(_):
     "The views of a batch: ours, batched, against the same steps case by case with TorchIO (specification, section 2.2)."
@@ -163,7 +144,7 @@ def views(_):
     clean = tio.Compose(clean)
     from medssl_nb.tasks.pcrlv2 import crop_boxes
     def one_by_one(i):
-        pair,local = crop_boxes(cfg, x, batch['valid'], generator(0, i)); out = []
+        pair,local,_ = crop_boxes(cfg, x, batch['valid'], generator(0, i)); out = []
         for b in range(B):
             for boxes,size,bad in ((pair[b], cfg.size, glob), (local[b], cfg.local_size, loc)):
                 for lo,hi in boxes.tolist():
@@ -171,31 +152,13 @@ def views(_):
                     im = clean(tio.Resize(size)(tio.ScalarImage(tensor=p)))
                     out.append((im.data.clone(), bad(im).data))
         return out
-    ts = dict(torchio=[], ours=[])
-    for i in range(a.steps):
-        t0 = time.process_time(); one_by_one(i); ts['torchio'].append(time.process_time()-t0)
-        sync(); t0 = clock(); make_views(cfg, 3, batch, generator(0, i)); sync(); ts['ours'].append(clock()-t0)
-    m = {k: sorted(v)[len(v)//2] for k,v in ts.items()}
+    def batched(i): make_views(cfg, 3, batch, generator(0, i)); sync()
+    t = turns(dict(torchio=one_by_one, ours=batched), a.steps, 0, lambda i: (i,)); of_cpu = dict(torchio=True, ours=clock is time.process_time)
+    m = {k: sorted(s[of_cpu[k]] for s in v)[len(v)//2] for k,v in t.items()}
     return dict(cases=B, region=cfg.region, seconds={k: round(v, 3) for k,v in m.items()}, ratio=round(m['ours']/m['torchio'], 3))
-
-def child(part, form=''):
-    cmd = [sys.executable, __file__, '--child', part, '--form', form, '--device', a.device, '--threads', str(a.threads), '--cases', str(a.cases), '--steps', str(a.steps), '--forms', *a.forms]
-    # give freed blocks back at once, so that the peak is what was needed and not what the allocator kept
-    r = subprocess.run(cmd, capture_output=True, text=True, env=os.environ | (dict(MALLOC_MMAP_THRESHOLD_='262144') if form else {}))
-    if r.returncode: raise SystemExit(r.stderr)
-    return json.loads(r.stdout.splitlines()[-1])
 
 if a.child:
     print(json.dumps(memory(a.child, a.form) if a.form else dict(views=views, macs=macs, profile=profile).get(a.child, timing)(a.child)))
 else:
-    out = Path(a.out); res = json.loads(out.read_text()) if out.exists() else {}
-    here = res.setdefault(a.device, {})
-    here['machine'] = dict(cpu=platform.processor() or platform.machine(), model=next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), ''),
-        gpu=torch.cuda.get_device_name() if a.device != 'cpu' else None, threads=a.threads, torch=torch.__version__, python=platform.python_version())
-    for part in a.parts:
-        if part.startswith('memory'):
-            m = {f: child(part, f) for f in ('literal', 'ours')}
-            here[part] = dict(size=config(part).size, cases=a.cases, peak_mib={k: round(v) for k,v in m.items()}, ratio=round(m['ours']/m['literal'], 3))
-        else: here[part] = child(part)
-        print(part, json.dumps(here[part]), flush=True)
-        out.write_text(json.dumps(res, indent=1) + '\n')
+    record = StepRecord(a)
+    for part in a.parts: record.put(part, dict(size=config(part).size, cases=a.cases, **step_peaks(__file__, part)) if part.startswith('memory') else step_child(__file__, part))

@@ -6,18 +6,14 @@
 Each measurement is a process of its own. `seconds` is processor time of that process (the machine is shared; the clock is kept beside it), `extra` its peak of resident memory above what it had after
 imports (Linux only). Goal (DESIGN 6): time linear, memory flat. A case is 3-D with four modalities and a segmentation; its volumes are real files of 2 kB, and its commit mark is a real one.
 """
-import argparse
-import gc
+import contextlib
 import json
-import os
 import pickle
-import platform
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
+
+from measure import child, command, facts, save, versions, watched
 
 HERE = Path(__file__).parent
 SIZES = (100, 1000, 10000, 100000)
@@ -77,15 +73,9 @@ def resident(pid="self"):
         return sum(int(line.split()[1]) * 1024 for line in f if line.startswith("Private_"))
 
 
-def status(key):
-    "A line of /proc/self/status, bytes: VmRSS is resident memory now, VmHWM its peak."
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
-
-
 def measure(part, root):
     "One part, in this process."
     root = Path(root)
-    import contextlib
     import io
 
     from medssl_nb.data import cases as c, prepare as p  # noqa: F401
@@ -94,50 +84,40 @@ def measure(part, root):
     out = {}
     prepared = c.Prepared(root / "prepared") if part in ("cases", "epoch", "load") else None
     data = c.Cases(prepared, region=(6, 6, 6), seg=True, target="class") if part in ("epoch", "load") else None
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: imports are not part of it
-    base, t, w = status("VmRSS"), time.process_time(), time.perf_counter()
-    if part == "manifest":
-        man = c.Manifest(root / "manifest")
-        man.paths("f-00000000" + "0")
-        out["files"] = len(man.private()[0])
-    elif part == "resume":
-        with quiet, contextlib.redirect_stderr(io.StringIO()):
-            s = p.prepare(p.PrepareConfig(manifest=str(root / "manifest"), out=str(root / "prepared"), progress=False))
-        out["kept"], out["prepared"] = s["kept"], s["prepared"]
-    elif part == "index":
-        out["rows"] = len(c.Prepared(root / "prepared"))
-    elif part == "cases":
-        rows = prepared.select(dims=3, channels=["t1", "flair"])
-        data = c.Cases(prepared, rows, region=(6, 6, 6), seg=True, target="class")
-        out["pickled"] = len(pickle.dumps(data))
-    elif part == "epoch":
-        import torch
+    with watched(out):
+        if part == "manifest":
+            man = c.Manifest(root / "manifest")
+            man.paths("f-00000000" + "0")
+            out["files"] = len(man.private()[0])
+        elif part == "resume":
+            with quiet, contextlib.redirect_stderr(io.StringIO()):
+                s = p.prepare(p.PrepareConfig(manifest=str(root / "manifest"), out=str(root / "prepared"), progress=False))
+            out["kept"], out["prepared"] = s["kept"], s["prepared"]
+        elif part == "index":
+            out["rows"] = len(c.Prepared(root / "prepared"))
+        elif part == "cases":
+            rows = prepared.select(dims=3, channels=["t1", "flair"])
+            data = c.Cases(prepared, rows, region=(6, 6, 6), seg=True, target="class")
+            out["pickled"] = len(pickle.dumps(data))
+        elif part == "epoch":
+            import torch
 
-        s, k = c.StepSampler(len(data), 8, seed=1), 0
-        for step in range(s.steps_per_epoch):
-            for i, seed in s.keys(step):
-                r = data.rows[i]
-                data._start(r, r["shape"], data.region, torch.Generator().manual_seed(seed))
-                k += 1
-        out["draws"] = k
-    elif part == "load":
-        import psutil
+            s, k = c.StepSampler(len(data), 8, seed=1), 0
+            for step in range(s.steps_per_epoch):
+                for i, seed in s.keys(step):
+                    r = data.rows[i]
+                    data._start(r, r["shape"], data.region, torch.Generator().manual_seed(seed))
+                    k += 1
+            out["draws"] = k
+        elif part == "load":
+            import psutil
 
-        private = []
-        for b, _ in enumerate(c.make_loader(data, 10, seed=1, steps=100, workers=2)):
-            if b in (5, 95):
-                private.append([resident(q.pid) for q in psutil.Process().children() if "resource_tracker" not in " ".join(q.cmdline())])
-        out["worker_private"] = [max(x) for x in private]  # after a few batches, after many
-    out.update(cpu=round(time.process_time() - t, 3), clock=round(time.perf_counter() - w, 3), extra=status("VmHWM") - base)
+            private = []
+            for b, _ in enumerate(c.make_loader(data, 10, seed=1, steps=100, workers=2)):
+                if b in (5, 95):
+                    private.append([resident(q.pid) for q in psutil.Process().children() if "resource_tracker" not in " ".join(q.cmdline())])
+            out["worker_private"] = [max(x) for x in private]  # after a few batches, after many
     return out
-
-
-def child(part, root):
-    r = subprocess.run([sys.executable, __file__, "--measure", part, str(root)], capture_output=True, text=True)
-    if r.returncode:
-        raise RuntimeError(r.stderr)
-    return json.loads(r.stdout.splitlines()[-1])
 
 
 def slope(x, y):
@@ -147,19 +127,21 @@ def slope(x, y):
     return [round(math.log(max(b, 1e-9) / max(a, 1e-9)) / math.log(q / p), 2) for p, q, a, b in zip(x, x[1:], y, y[1:])]
 
 
-def figure(sizes, table, path):
-    "Time and memory over cases, on logarithmic axes."
+def figure(sizes, table, parts, path, guides, untimed=(), height=4.8):
+    "Time and memory over cases, on logarithmic axes. `guides`: label -> MB for each size, style."
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(9, 4.8), layout="constrained")
+    fig = Figure(figsize=(9, height), layout="constrained")
     a, b = fig.subplots(1, 2)
     for part, rows in table.items():
-        if part != "load":
-            a.plot(sizes, [r["cpu"] for r in rows], "o-", ms=4, label=f"{PARTS[part]} ({slope(sizes, [r['cpu'] for r in rows])[-1]:.2f})")
-        b.plot(sizes, [max(r["extra"] / 1e6, 0.1) for r in rows], "o-", ms=4, label=PARTS[part])
-    b.plot(sizes, [r["worker_private"][-1] / 1e6 for r in table["load"]], "k--", label="one loader worker, its own pages in all")
+        if part not in untimed:
+            a.plot(sizes, [max(r["cpu"], 1e-3) for r in rows], "o-", ms=4, label=f"{parts[part]} ({slope(sizes, [r['cpu'] for r in rows])[-1]:.2f})")
+        b.plot(sizes, [max(r["extra"] / 1e6, 0.1) for r in rows], "o-", ms=4, label=parts[part])
+        if "own" in rows[0]:
+            b.plot(sizes, [max(r["own"] / 1e6, 0.1) for r in rows], "s--", ms=4, color=b.lines[-1].get_color(), label="of it without the file's pages")
     a.plot(sizes, [1e-3 * n for n in sizes], "k:", lw=1, label="1 ms a case")
-    b.plot(sizes, [7e-3 * n for n in sizes], "k:", lw=1, label="a list of dictionaries, 7 kB a case")
+    for label, (mb, style) in guides.items():
+        b.plot(sizes, mb, label=label, **style)
     a.set(xscale="log", yscale="log", xlabel="cases", ylabel="processor seconds", title="time (last slope; 1 is linear)")
     b.set(xscale="log", yscale="log", xlabel="cases", ylabel="MB above imports, at the peak", title="memory")
     for ax in (a, b):
@@ -168,11 +150,21 @@ def figure(sizes, table, path):
     fig.savefig(path, dpi=110)
 
 
-def main(sizes, keep=None):
-    import blosc2
-    import numpy
-    import torch
+def growth(sizes, table, untimed=()):
+    "Exponents of time, and bytes of each further case between the two largest sizes."
+    return dict(seconds_slopes={p: slope(sizes, [x["cpu"] for x in r]) for p, r in table.items() if p not in untimed},
+                bytes_a_case={p: round((r[-1]["extra"] - r[-2]["extra"]) / (sizes[-1] - sizes[-2])) for p, r in table.items()})
 
+
+def draw(sizes, table, path):
+    guides = {
+        "one loader worker, its own pages in all": ([r["worker_private"][-1] / 1e6 for r in table["load"]], dict(ls="--", c="k")),
+        "a list of dictionaries, 7 kB a case": ([7e-3 * n for n in sizes], dict(ls=":", c="k", lw=1)),
+    }
+    figure(sizes, table, PARTS, path, guides, ("load",))
+
+
+def main(sizes, keep=None):
     table = {p: [] for p in PARTS}
     for n in sizes:
         root = Path(keep) / str(n) if keep else Path(tempfile.mkdtemp(prefix="scale"))
@@ -182,31 +174,20 @@ def main(sizes, keep=None):
             for f in (root / "prepared" / "volumes").glob(f"c-{n - 1:012x}.*"):
                 f.unlink()  # the one that is left to do
             for part in PARTS:
-                table[part].append(child(part, root))
+                table[part].append(child(__file__, "--measure", part, root))
                 print(n, part, table[part][-1], flush=True)
         finally:
             if not keep:
                 shutil.rmtree(root)
     assert all(r["kept"] == n - 1 and r["prepared"] == 1 for n, r in zip(sizes, table["resume"]))
-    many = dict(n0=sizes[-2], n1=sizes[-1])
-    per = {p: round((r[-1]["extra"] - r[-2]["extra"]) / (sizes[-1] - sizes[-2])) for p, r in table.items()}
     row = dict(
-        goal="time linear, memory flat, as cases grow 10x, 100x, 1000x", sizes=list(sizes), seconds_slopes={p: slope(sizes, [x["cpu"] for x in r]) for p, r in table.items() if p != "load"},
-        bytes_a_case=per, bytes_a_case_between=many, parts=PARTS, results=table, machine=platform.machine(), cpus=os.cpu_count(), python=platform.python_version(),
-        versions=dict(torch=torch.__version__, numpy=numpy.__version__, blosc2=blosc2.__version__),
+        goal="time linear, memory flat, as cases grow 10x, 100x, 1000x", sizes=list(sizes), **growth(sizes, table, ("load",)), bytes_a_case_between=dict(n0=sizes[-2], n1=sizes[-1]), parts=PARTS, results=table,
+        **facts("machine", "cpus", "python"), versions=versions("torch", "numpy", "blosc2"),
     )
-    (HERE / "scale.json").write_text(json.dumps(row, indent=1) + "\n")
-    figure(sizes, table, HERE / "scale.png")
+    save(HERE / "scale.json", row)
+    draw(sizes, table, HERE / "scale.png")
     print(json.dumps({k: row[k] for k in ("seconds_slopes", "bytes_a_case")}, indent=1))
 
 
 if __name__ == "__main__":
-    a = argparse.ArgumentParser()
-    a.add_argument("--sizes", type=int, nargs="+", default=SIZES)
-    a.add_argument("--keep", help="folder in which simulated studies stay for the next run")
-    a.add_argument("--measure", nargs=2)
-    a = a.parse_args()
-    if a.measure:
-        print(json.dumps(measure(*a.measure)))
-    else:
-        main(tuple(a.sizes), a.keep)
+    command(__doc__, main, measure, SIZES, keep=dict(help="folder in which simulated studies stay for the next run"))

@@ -5,13 +5,13 @@
 An item of the data set (read, widened, stacked with its facts), of thumbnails and of slabs, the two ways taking turns in one run, from the page cache, one thread. Processor time, because the clock of a
 shared machine measures its neighbours. Arrays above 256 KB are not kept, so nothing changes for them.
 """
-import json, os, platform, statistics, tempfile, time
+import os, statistics, tempfile
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-import blosc2
 import numpy as np
 
+from measure import clocked, facts, save, versions
 from medssl_nb.data.cases import KEPT, Cases, Prepared, write_case, write_index
 
 SETS = {'32 x 32': (1,32,32), '64 x 64': (1,64,64), '224 x 224': (1,224,224), '16 x 48 x 48': (16,48,48), '32 x 32 x 32': (32,32,32)}
@@ -32,15 +32,15 @@ def main(rounds=15):
                 KEPT.each = each if way == 'kept' else 0
                 if way == 'opened': KEPT.fresh()
                 else: [cases[i,0] for i in range(len(cases))]                 # read once: this is about every time after it
-                c = time.process_time(); x = [cases[i,0]['image'] for i in range(len(cases))]; c = (time.process_time() - c)/len(cases)*1e3
-                if r: t[way].append(c)
+                _,c,x = clocked(lambda: [cases[i,0]['image'] for i in range(len(cases))])
+                if r: t[way].append(c/len(cases)*1e3)
                 got[way] = x
         assert all((a == b).all() for a,b in zip(*got.values())), 'not the same voxels'
         kept,opened = (statistics.median(t[w]) for w in ('kept', 'opened'))
         rows.append(dict(set=name, kept_cpu_ms=round(kept, 4), opened_cpu_ms=round(opened, 4), ratio=round(kept/opened, 3))); print(rows[-1], flush=True)
     KEPT.each = each
     out = dict(what='an item of the data set, milliseconds of the processor; ratio kept / opened each time', rows=rows, limit_bytes=each, total_bytes=KEPT.total, rounds=rounds, threads=1, cache='warm',
-        machine=dict(cpu=platform.processor() or platform.machine(), cores=os.cpu_count(), python=platform.python_version()), versions=dict(blosc2=blosc2.__version__, numpy=np.__version__))
-    Path(__file__).with_suffix('.json').write_text(json.dumps(out, indent=1) + '\n')
+        machine=facts('cpu', 'cores', 'python'), versions=versions('blosc2', 'numpy'))
+    save(Path(__file__).with_suffix('.json'), out)
 
 if __name__ == '__main__': main()

@@ -3,12 +3,12 @@
     python benchmarks/startup.py            # writes benchmarks/startup.json
 """
 import json
-import platform
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
+
+from measure import facts, save, turns
 
 HERE = Path(__file__).parent
 COMMANDS = {
@@ -19,22 +19,16 @@ COMMANDS = {
 }
 
 
-def seconds(cmd):
-    t = time.perf_counter()
+def run(cmd):
     subprocess.run(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
-    return time.perf_counter() - t
 
 
 def main(repeats=7):
-    runs = {k: [] for k in COMMANDS}
-    for k, c in COMMANDS.items():
-        seconds(c)  # warm the file cache
-    for _ in range(repeats):  # in turn, so that a slow moment hits all of them
-        for k, c in COMMANDS.items():
-            runs[k].append(seconds(c))
+    took = turns({k: lambda c=c: run(c) for k, c in COMMANDS.items()}, repeats)  # the first round warms the file cache
+    runs = {k: [wall for wall, _ in v] for k, v in took.items()}
     out = {k: dict(median_s=round(statistics.median(v), 4), min_s=round(min(v), 4), max_s=round(max(v), 4)) for k, v in runs.items()}
-    row = dict(goal_s=1.0, python=platform.python_version(), machine=platform.machine(), repeats=repeats, results=out)
-    (HERE / "startup.json").write_text(json.dumps(row, indent=1) + "\n")
+    row = dict(goal_s=1.0, **facts("python", "machine"), repeats=repeats, results=out)
+    save(HERE / "startup.json", row)
     print(json.dumps(row, indent=1))
 
 

@@ -7,17 +7,15 @@ verdict is the median of the paired ratios, the quartiles stand beside it. `Runn
 the batches whose training steps are the epoch it is compared with; nothing is read from a disk on either side.
 """
 import argparse
-import json
 import os
-import platform
 import statistics
-import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 
+from measure import clocked, facts, save  # noqa: E402
 from medssl_nb.core import generator  # noqa: E402
 from medssl_nb.losses.statistics import Running, calibrate  # noqa: E402
 from medssl_nb.tasks.registry import load_task, task_config  # noqa: E402
@@ -40,17 +38,18 @@ def measure(name, preset, size, pairs):
     opt = torch.optim.AdamW(task.parameters(), 1e-4, fused=True)
 
     def step(batch, k):
-        t = time.process_time()
         views = task.views(dict(batch, step=k), generator(0, k, 0, "views"))
         sum(task.losses(task(views), views).values()).backward()
         opt.step()
         opt.zero_grad(set_to_none=True)
         task.after_step(k)
-        return time.process_time() - t
+
+    def timed(batch, k):
+        return clocked(step, batch, k)[1]
 
     def watched(batch, k):
         with Running(task, after=0.0) as r:
-            t = step(batch, k)
+            t = timed(batch, k)
         assert r.k == 1
         return t
 
@@ -62,13 +61,11 @@ def measure(name, preset, size, pairs):
         b = data[k % len(data)]
         for way in (("bare", "seen"), ("seen", "bare"))[k % 2]:
             if way == "bare":
-                bare.append(step(b, 2 * k))
+                bare.append(timed(b, 2 * k))
             else:
                 seen.append(watched(b, 2 * k + 1))
     ratios = sorted(s / b for s, b in zip(seen, bare))
-    t = time.process_time()
-    stats = calibrate(task, data)
-    once = time.process_time() - t
+    _, once, stats = clocked(calibrate, task, data)
     extra = statistics.median(ratios) - 1
     quarter = [round(100 * (ratios[len(ratios) * q // 4] - 1), 2) for q in (1, 3)]
     return dict(row=f"{name} {preset}, {size} cases a step, region {'x'.join(map(str, task.region))}", parameters=sum(p.numel() for p in task.parameters()), sites=len(stats.sites), numbers=stats.numbers(), pairs=pairs, step_s=round(statistics.median(bare), 4),
@@ -86,7 +83,7 @@ def main():
         if a.only is None or f"{name} {preset}".startswith(tuple(a.only)):
             rows.append(measure(name, preset, size, pairs))
             print(rows[-1], flush=True)
-    a.out.write_text(json.dumps(dict(device="cpu", machine=platform.machine(), threads=1, cpus=os.cpu_count(), torch=str(torch.__version__), load=round(os.getloadavg()[0], 2), rows=rows), indent=1) + "\n")
+    save(a.out, dict(device="cpu", **facts("machine", "threads", "cpus", "torch", "load"), rows=rows))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ import argparse
 import copy
 import json
 import os
-import platform
 import statistics
-import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,6 +21,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
+from measure import clocked, cpuinfo, facts, save, turns  # noqa: E402
 from medssl_nb.core import generator  # noqa: E402
 from medssl_nb.nets.narrow import exact_kernels  # noqa: E402
 from medssl_nb.nets.nnunet import PlainEncoder, ResEncEncoder  # noqa: E402
@@ -96,14 +95,17 @@ class Variant:
     def step(self):
         for p in self.task.parameters():
             p.grad = None
-        t = time.process_time()
+        _, cpu, loss = clocked(self.learn)
+        self.times.append(cpu)
+        return loss.item(), torch.cat([p.grad.flatten().double() for p in self.task.parameters() if p.grad is not None])
+
+    def learn(self):
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bits == 16):
             out = self.run(self.views)
         wide = lambda v: v.float() if torch.is_tensor(v) and v.is_floating_point() else type(v)(map(wide, v)) if isinstance(v, (list, tuple)) else {k: wide(x) for k, x in v.items()} if isinstance(v, dict) else v
         loss = sum(self.task.losses(wide(out), self.views).values())
         loss.backward()
-        self.times.append(time.process_time() - t)
-        return loss.item(), torch.cat([p.grad.flatten().double() for p in self.task.parameters() if p.grad is not None])
+        return loss
 
 
 def measure(task, views, rounds, compiled):
@@ -115,8 +117,8 @@ def measure(task, views, rounds, compiled):
         torch.manual_seed(0)
         try:
             v = Variant(task, views, **kw)
-            t = time.process_time()
-            first[k] = (*v.step(), time.process_time() - t)
+            _, cpu, got = clocked(v.step)
+            first[k] = (*got, cpu)
             made[k] = v
             v.times.clear()
         except Exception as e:  # a switch that does not work here is a result, too
@@ -132,6 +134,10 @@ def measure(task, views, rounds, compiled):
     return out
 
 
+def cpu_medians(ways, rounds):
+    return {k: statistics.median(cpu for _, cpu in v) for k, v in turns(ways, rounds - 1).items()}  # the first of the rounds warms up
+
+
 def optimisers(rounds):
     "One step over the seven million weights of PCRLv2's 3-D encoder."
     def net():
@@ -145,13 +151,7 @@ def optimisers(rounds):
     for name, cls, kw in (("adamw", torch.optim.AdamW, dict(lr=1e-3, weight_decay=0.01)), ("sgd", torch.optim.SGD, dict(lr=1e-3, momentum=0.9, weight_decay=1e-4))):
         nets = {k: net() for k in ("loop", "foreach", "fused")}
         opts = {k: cls(m.parameters(), **kw, **(dict(foreach=False) if k == "loop" else {k: True})) for k, m in nets.items()}
-        times = {k: [] for k in nets}
-        for _ in range(rounds):
-            for k, o in opts.items():
-                t = time.process_time()
-                o.step()
-                times[k].append(time.process_time() - t)
-        med = {k: statistics.median(v[1:]) for k, v in times.items()}
+        med = cpu_medians({k: o.step for k, o in opts.items()}, rounds)
         vec = {k: nn.utils.parameters_to_vector(m.parameters()).detach() for k, m in nets.items()}
         out[name] = {k: dict(cpu_s=round(med[k], 4), ratio=round(med[k] / med["loop"], 3), largest_difference=float(f"{(vec[k] - vec['loop']).abs().max().item():.2g}")) for k in nets}
     return dict(parameters=sum(p.numel() for p in net().parameters()), steps=rounds, results=out)
@@ -164,23 +164,9 @@ def attention(rounds):
         q, k, v = (torch.randn(B, H, N, d, generator=generator(0, i)).requires_grad_() for i in range(3))
         by_hand = lambda: (q @ k.transpose(-1, -2) / d**0.5).softmax(-1) @ v
         own = lambda: F.scaled_dot_product_attention(q, k, v)
-        times = dict(written_out=[], fused=[])
-        for _ in range(rounds):
-            for name, fn in (("written_out", by_hand), ("fused", own)):
-                t = time.process_time()
-                fn().square().mean().backward()
-                times[name].append(time.process_time() - t)
-        a, b = (statistics.median(times[n][1:]) for n in ("written_out", "fused"))
+        a, b = cpu_medians({n: lambda fn=fn: fn().square().mean().backward() for n, fn in (("written_out", by_hand), ("fused", own))}, rounds).values()
         out[f"batch {B}, heads {H}, tokens {N}, width {d}"] = dict(written_out_cpu_s=round(a, 4), fused_cpu_s=round(b, 4), ratio=round(b / a, 3), largest_difference=float(f"{(by_hand() - own()).abs().max().item():.2g}"))
     return out
-
-
-def processor():
-    try:
-        flags = next(line for line in open("/proc/cpuinfo") if line.startswith("flags"))
-        return sorted(f for f in flags.split() if f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16"))
-    except (OSError, StopIteration):
-        return []
 
 
 def main():
@@ -192,13 +178,14 @@ def main():
     a = a.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    facts = dict(device="cpu", machine=platform.machine(), processor=processor(), threads=torch.get_num_threads(), cpus=os.cpu_count(), torch=str(torch.__version__), rounds=a.rounds, load=round(os.getloadavg()[0], 2))
+    processor = sorted({"avx2", "avx512f", "avx512_bf16", "amx_bf16"} & set(cpuinfo("flags").split()))
+    here = dict(device="cpu", **facts("machine"), processor=processor, **facts("threads", "cpus", "torch"), rounds=a.rounds, **facts("load"))
     if a.only is None:
-        row = dict(facts, optimiser=optimisers(9), attention=attention(a.rounds), steps={})
+        row = dict(here, optimiser=optimisers(9), attention=attention(a.rounds), steps={})
     else:
         row = json.loads(a.out.read_text())
-        if (row["torch"], row["processor"]) != (facts["torch"], facts["processor"]):
-            raise SystemExit(f"{a.out} is of torch {row['torch']} on {row['processor']}; here {facts['torch']} on {facts['processor']}: run it whole")
+        if (row["torch"], row["processor"]) != (here["torch"], here["processor"]):
+            raise SystemExit(f"{a.out} is of torch {row['torch']} on {row['processor']}; here {here['torch']} on {here['processor']}: run it whole")
     wanted = {k: v for k, v in {**encoders(), **tasks()}.items() if a.only is None or k.startswith(tuple(a.only))}
     for name, (task, views) in wanted.items():
         got = measure(task, views, a.rounds, False)
@@ -207,14 +194,10 @@ def main():
             got.update({k: v for k, v in more.items() if k != "float32"})
             torch._dynamo.reset()
         if a.only is not None:
-            got["load"] = facts["load"]
+            got["load"] = here["load"]
         row["steps"][name] = got
-        save(row, a.out)
+        save(a.out, row)
         print(name, {k: v.get("ratio", v.get("error")) for k, v in got.items() if isinstance(v, dict)}, flush=True)
-
-
-def save(row, path):
-    path.write_text(json.dumps(row, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,59 +16,28 @@ Ours is this library at the published level (`level=-1`, 27 tokens for Swin, 216
 and nothing flows back through it, so this costs the literal form nothing. `memory`: peak of a process of its own, above what it held before, graph kept, optimiser's state included. `kept`: bytes that autograd
 keeps for the backward pass of the Swin networks, counted on tensors without data, for any number of people. `topology`: the two hinges alone, from tokens to their gradient. `profile`: where our step spends its time.
 """
-import argparse, copy, json, os, platform, subprocess, sys, time
+import copy, json, os
 from contextlib import nullcontext
-from pathlib import Path
+from statistics import median
+from measure import Peak, StepRecord, step_child, step_clock, step_means, step_peaks, step_settings, step_turns
 
-ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-ap.add_argument('--device', default='cpu')
-ap.add_argument('--threads', type=int, default=1)
-ap.add_argument('--forms', nargs='*', default=['swin', 'uniformer'])
-ap.add_argument('--people', type=int, default=2, help='per step; the paper: 2 for Swin, 4 for UniFormer. Each shows two sequences')
-ap.add_argument('--region', type=int, default=96, help='side of the volumes, voxels')
-ap.add_argument('--steps', type=int, default=1, help='timed steps of each form, after those that are not')
-ap.add_argument('--warm', type=int, default=1, help='steps of each form that are not timed')
-ap.add_argument('--parts', nargs='*', default=['check', 'kept', 'topology', 'time', 'memory'])
-ap.add_argument('--recompute', action='store_true', help='ours makes its widened maps again in the backward pass (UniFormer)')
-ap.add_argument('--keep', action='store_true', help='keep the graph of unused blocks in time, too')
-ap.add_argument('--out', default=str(Path(__file__).with_suffix('.json')))
-ap.add_argument('--child', help=argparse.SUPPRESS)
-ap.add_argument('--side', help=argparse.SUPPRESS)
-a = ap.parse_args()
-os.environ['OMP_NUM_THREADS'] = str(a.threads)
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+a = step_settings(__doc__, __file__, ('check', 'kept', 'topology', 'time', 'memory'), 1, forms=dict(nargs='*', default=['swin', 'uniformer']),
+    people=dict(type=int, default=2, help='per step; the paper: 2 for Swin, 4 for UniFormer. Each shows two sequences'), region=dict(type=int, default=96, help='side of the volumes, voxels'),
+    warm=dict(type=int, default=1, help='steps of each form that are not timed'), recompute=dict(action='store_true', help='ours makes its widened maps again in the backward pass (UniFormer)'),
+    keep=dict(action='store_true', help='keep the graph of unused blocks in time, too'))
 
 import warnings; warnings.simplefilter('ignore')
 import torch
 import torch.nn.functional as F
 from torch import nn
-torch.set_num_threads(a.threads)
 from medssl_nb.core import generator
 from medssl_nb.nets.swin3d import lateral_block
-from medssl_nb.nets.uniformer3d import Attention, Depthwise
+from literal import plain
 from medssl_nb.tasks.taco import TACO, TACOConfig
 from medssl_nb.train.trainer import TrainConfig, make_optimizer
 
 def config(form, **kw): return (TACOConfig.uniformer if form == 'uniformer' else TACOConfig.for_3d)(**{**dict(level=-1, region=(a.region,)*3), **kw})
 SIDE = a.region
-
-class Table(nn.Module):
-    "Attention with its table of all pairs."
-    def __init__(self, a): super().__init__(); self.a = a
-    def forward(self, t):
-        a,(B,N,C) = self.a,t.shape
-        q,k,v = a.qkv(t).view(B, N, 3, a.heads, C//a.heads).permute(2, 0, 3, 1, 4)
-        return a.out(((q@k.transpose(-2, -1)*(C//a.heads)**-.5).softmax(-1)@v).transpose(1, 2).reshape(B, N, C))
-
-def plain(module):
-    "The same network from the library's own layers."
-    for n,m in list(module.named_children()):
-        if isinstance(m, Depthwise):
-            c = nn.Conv3d(m.weight.shape[0], m.weight.shape[0], m.weight.shape[2:], padding=m.weight.shape[2]//2, groups=m.weight.shape[0])
-            c.weight,c.bias = m.weight,m.bias; setattr(module, n, c)
-        elif isinstance(m, Attention): setattr(module, n, Table(m))
-        else: plain(m)
-    return module
 
 def cosines(x, y): return 1 - F.normalize(x, dim=1)@F.normalize(y, dim=1).T
 
@@ -128,16 +97,16 @@ class Literal(nn.Module):
         return dict(rec=rec, intra=10*intra/n, inter=10*inter),rest
 
 def make(form, side, task=None):
-    "`(step, optimiser)` of a form, all from the same first weights."
-    torch.manual_seed(0); task = task or TACO(config(form)); views = lambda b, g: task.views(b, g)
+    "`(run(batch, i), optimiser)` of a form, all from the same first weights."
+    torch.manual_seed(0); task = task or TACO(config(form)); views = lambda b, i: task.views(b, generator(0, i))
     if side == 'literal':
         net = Literal(task).to(a.device).train(); opt = torch.optim.AdamW(net.parameters(), 3e-4, weight_decay=.1)
-        def run(b, g): terms,rest = net(views(b, g), a.keep); return sum(terms.values()),rest
+        def run(b, i): terms,rest = net(views(b, i), a.keep); return sum(terms.values()),rest
         return run,opt
     task.to(a.device).train(); opt = make_optimizer(task, TrainConfig(lr=3e-4, weight_decay=.1))
     for m in task.modules():
         if hasattr(m, 'recompute'): m.recompute = a.recompute
-    def run(b, g): v = views(b, g); return sum(task.losses(task(v), v).values()),None
+    def run(b, i): v = views(b, i); return sum(task.losses(task(v), v).values()),None
     return run,opt
 
 def batch(step, side=SIDE):
@@ -167,25 +136,13 @@ def check(form):
     return dict(terms={k: round(x.item(), 5) for k,x in mine.items()}, loss_difference=loss, gradient_difference=grad, parameters_without_gradient_literal=unused,
                 parameters_without_gradient_ours=sum(p.numel() for p in task.parameters() if p.grad is None))
 
-def sync():
-    if a.device != 'cpu': torch.cuda.synchronize()
-clock = time.process_time if a.device == 'cpu' and a.threads == 1 else time.perf_counter
-
 def timing(form):
-    made = {k: make(form, k) for k in ('literal', 'ours')}; t = {k: [] for k in made}; where = {k: [] for k in made}
-    for i in range(a.steps + a.warm):
-        b = batch(i)
-        for k,(run,opt) in made.items():
-            sync(); t0 = clock(); loss,rest = run(b, generator(0, i)); sync(); t1 = clock()
-            loss.backward(); del rest; sync(); t2 = clock(); opt.step(); opt.zero_grad(set_to_none=True); sync(); t3 = clock()
-            if i >= a.warm: t[k].append(t3-t0); where[k].append((t1-t0, t2-t1, t3-t2))
-    mean = {k: sum(v)/len(v) for k,v in t.items()}
-    return dict(size=[SIDE]*3, people=a.people, steps=a.steps, steps_before=a.warm, graph_of_unused_kept=a.keep, seconds={k: round(v, 3) for k,v in mean.items()}, ratio=round(mean['ours']/mean['literal'], 3),
-        forward_backward_update={k: [round(sum(c)/len(c), 3) for c in zip(*v)] for k,v in where.items()})
+    where,_ = step_turns({k: make(form, k) for k in ('literal', 'ours')}, lambda i: (batch(i), i), a, a.warm)
+    return dict(size=[SIDE]*3, people=a.people, steps=a.steps, steps_before=a.warm, graph_of_unused_kept=a.keep, **step_means(where))
 
 def topology(form):
     "The losses of topology alone, from tokens to their gradient: median of the paired ratios."
-    task = TACO(config(form)); lit = Literal(task); T,C = task.tokens,task.cfg.lateral or task.encoder.widths[-1]; rows = []
+    sync,clock = step_clock(a); task = TACO(config(form)); lit = Literal(task); T,C = task.tokens,task.cfg.lateral or task.encoder.widths[-1]; rows = []
     v = task.views(batch(0), generator(0, 0))
     for i in range(5):
         z = torch.randn(2*a.people, T, C, generator=generator(0, i, 0, 'z')).to(a.device); s = []
@@ -199,13 +156,12 @@ def topology(form):
                 for j,(p,q) in enumerate(v['pairs21'].tolist()): loss = loss + lit.inter(z2[p], z1[q], v['slots'][len(v['pairs12'])+j])/len(v['pairs21'])
             loss.backward(); sync(); s.append(clock() - t0)
         rows.append(s)
-    mid = lambda c: sorted(c)[len(c)//2]
-    return dict(people=a.people, tokens=T, seconds=dict(literal=round(mid([r[0] for r in rows]), 4), ours=round(mid([r[1] for r in rows]), 4)), ratio=round(mid([r[1]/r[0] for r in rows]), 4))
+    return dict(people=a.people, tokens=T, seconds=dict(literal=round(median(r[0] for r in rows), 4), ours=round(median(r[1] for r in rows), 4)), ratio=round(median(r[1]/r[0] for r in rows), 4))
 
 def profile(form):
     "Operations of one step of ours, as shares of its time."
     from torch.profiler import ProfilerActivity, profile as watch
-    run,opt = make(form, 'ours'); step = lambda i: (run(batch(i), generator(0, i))[0].backward(), opt.step(), opt.zero_grad(set_to_none=True)); step(0)
+    run,opt = make(form, 'ours'); step = lambda i: (run(batch(i), i)[0].backward(), opt.step(), opt.zero_grad(set_to_none=True)); step(0)
     with watch(activities=[ProfilerActivity.CPU]) as p: step(1)
     rows = sorted(p.key_averages(), key=lambda e: -e.self_cpu_time_total); whole = sum(e.self_cpu_time_total for e in rows)
     return dict(people=a.people, share={e.key: round(e.self_cpu_time_total/whole, 3) for e in rows[:14]})
@@ -228,39 +184,20 @@ def kept(form):
         out[f'{n} people'] = row | dict(ratio=round(row['ours']/row['literal'], 3))
     return out
 
-def rss(key): return next(int(l.split()[1])/1024 for l in open('/proc/self/status') if l.startswith(key))
-
 def memory(form, side):
     "Peak of two steps, MiB, above the process before the task was made."
-    before = rss('VmRSS'); a.keep = True
-    run,opt = make(form, side)
-    if a.device != 'cpu': torch.cuda.reset_peak_memory_stats()
-    for i in range(2): loss,rest = run(batch(i), generator(0, i)); loss.backward(); del rest; opt.step(); opt.zero_grad(set_to_none=True); del loss
-    return torch.cuda.max_memory_allocated()/2**20 if a.device != 'cpu' else rss('VmHWM') - before
-
-def child(part, form, side=''):
-    cmd = [sys.executable, __file__, '--child', part, '--forms', form, '--side', side, '--device', a.device, '--threads', str(a.threads), '--people', str(a.people), '--region', str(a.region), '--steps', str(a.steps), '--warm', str(a.warm)] + ['--keep']*a.keep + ['--recompute']*a.recompute
-    # give freed blocks back at once, so that the peak is what was needed and not what the allocator kept
-    r = subprocess.run(cmd, capture_output=True, text=True, env=os.environ | (dict(MALLOC_MMAP_THRESHOLD_='262144') if side else {}))
-    if r.returncode: raise SystemExit(f'{part} {form} {side}: exit {r.returncode} (-9: out of memory)\n{r.stderr}')
-    return json.loads(r.stdout.splitlines()[-1])
+    peak = Peak(a.device); a.keep = True; run,opt = make(form, side)
+    for i in range(2): loss,rest = run(batch(i), i); loss.backward(); del rest; opt.step(); opt.zero_grad(set_to_none=True); del loss
+    return peak()
 
 PARTS = dict(check=check, time=timing, topology=topology, profile=profile, kept=kept)
-if a.child: print(json.dumps(memory(a.forms[0], a.side) if a.side else PARTS[a.child](a.forms[0])))
+if a.child: print(json.dumps(memory(a.forms[0], a.form) if a.form else PARTS[a.child](a.forms[0])))
 else:
-    out = Path(a.out); res = json.loads(out.read_text()) if out.exists() else {}
-    here = res.setdefault(a.device, {})
-    here['machine'] = dict(cpu=platform.processor() or platform.machine(), model=next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), ''),
-        gpu=torch.cuda.get_device_name() if a.device != 'cpu' else None, threads=a.threads, torch=torch.__version__, python=platform.python_version())
+    record = StepRecord(a)
     for form in a.forms:
         for part in a.parts:
             if part == 'kept' and form != 'swin': continue      # without data, attention is not fused
-            load = os.getloadavg()[0]
-            if part == 'memory':
-                m = {f: child('memory', form, f) for f in ('literal', 'ours')}
-                row = dict(size=[SIDE]*3, people=a.people, peak_mib={k: round(v) for k,v in m.items()}, ratio=round(m['ours']/m['literal'], 3))
-            else: row = child(part, form)
+            load = round(os.getloadavg()[0], 1); one = ('--forms', form)
+            row = dict(size=[SIDE]*3, people=a.people, **step_peaks(__file__, part, *one)) if part == 'memory' else step_child(__file__, part, '', *one)
             name = part if part in ('check', 'kept') else f'{part}, {a.people} people' + (f', {SIDE}^3' if SIDE != 96 else '') + (', recompute' if a.recompute else '')
-            here.setdefault(form, {})[name] = row | dict(load=round(load, 1))
-            print(form, part, json.dumps(row), flush=True)
-            out.write_text(json.dumps(res, indent=1) + '\n')
+            record.put(name, row | dict(load=load), form)

@@ -9,12 +9,9 @@ favours MONAI), and it interpolates twice (resize, then affine) where ours does 
 The verdict is the median over repeats of the paired ratio, in CPU seconds of the process where one thread works (a busy machine disturbs those less), in wall seconds on a GPU. Goal (DESIGN 6): <= 0.5 on a CPU, <= 0.2 on a GPU.
 """
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
-import time
 import warnings
 from pathlib import Path
 
@@ -23,6 +20,7 @@ warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
 
+from measure import clocked, cpuinfo, facts, save, turns, versions  # noqa: E402
 from medssl_nb.core import generator  # noqa: E402
 from medssl_nb.data import crops as K  # noqa: E402
 from medssl_nb.data import transforms as T  # noqa: E402
@@ -130,10 +128,8 @@ def parts(x, shape, gen, sync):
 
     def clock(name, f):
         sync()
-        t = time.perf_counter()
-        r = f()
-        sync()
-        rows[name] = round(time.perf_counter() - t, 5)
+        wall, _, (r, _) = clocked(lambda: (f(), sync()))
+        rows[name] = round(wall, 5)
         return r
 
     pair, local = clock("draw boxes", lambda: draw_boxes(n, shape, gen))
@@ -175,26 +171,17 @@ def main():
                 runs[f"{name}, {'anti-aliased' if anti else 'resized without a filter'}"] = lambda i, pair, local, f=f: f(x, pair, local)
         except ImportError as e:
             print(f"{name} is not installed ({e}): left out")
-    seconds, cpu = ({k: [] for k in runs} for _ in range(2))
-    for i in range(-1, a.repeats):  # in turn, so that a slow moment hits all of them; the first round warms up
-        pair, local = draw_boxes(a.batch, shape, generator(0, i + 1, 0, "views"))
-        for k, f in runs.items():
-            t, c = time.perf_counter(), time.process_time()
-            f(i + 1, pair, local)
-            if i < 0:
-                continue
-            seconds[k].append(time.perf_counter() - t)
-            cpu[k].append(time.process_time() - c)
+    took = turns(runs, a.repeats, feed=lambda i: (i + 1, *draw_boxes(a.batch, shape, generator(0, i + 1, 0, "views"))))
+    seconds, cpu = ({k: [t[n] for t in v] for k, v in took.items()} for n in (0, 1))
     med = {k: statistics.median(v) for k, v in seconds.items()}
     paired = {k: [round(o / t, 3) for o, t in zip((cpu if a.device == "cpu" else seconds)["ours, batched"], v)] for k, v in (cpu if a.device == "cpu" else seconds).items() if k != "ours, batched"}
     row = dict(
         goal=dict(cpu=0.5, gpu=0.2),
         device=a.device if a.device == "cpu" else torch.cuda.get_device_name(),
-        machine=platform.machine(),
-        processor=next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "") if Path("/proc/cpuinfo").exists() else "",
-        threads=torch.get_num_threads(),
-        python=platform.python_version(),
-        versions={m: importlib.metadata.version(m) for m in ("torch", "torchio", "monai", "simpleitk", "scipy") if any(d.metadata["Name"].lower() == m for d in importlib.metadata.distributions())},
+        **facts("machine"),
+        processor=cpuinfo("model name"),
+        **facts("threads", "python"),
+        versions=versions("torch", "torchio", "monai", "simpleitk", "scipy"),
         batch=a.batch,
         region=shape,
         crops=f"2 x {BIG} + 6 x {SMALL} for each volume",
@@ -207,7 +194,7 @@ def main():
         parts=parts(xd, shape, generator(0, 1, 0, "views"), sync),
     )
     out = Path(a.out) if a.out else Path(__file__).parent / ("views.json" if a.device == "cpu" else f"views.{a.device.split(':')[0]}.json")
-    out.write_text(json.dumps(row, indent=1) + "\n")
+    save(out, row)
     print(json.dumps(row, indent=1))
 
 

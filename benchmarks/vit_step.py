@@ -7,27 +7,16 @@ The literal form: attention that writes its table of all pairs, q, k and v cut o
     python benchmarks/vit_step.py            # all parts: 2d, 3d, 2d-bf16, 3d-bf16, memory
     python benchmarks/vit_step.py --parts 2d --steps 5
 """
-import argparse, json, os, platform, subprocess, sys, time
-from pathlib import Path
+import json, os
+from statistics import median
+from measure import Peak, StepRecord, step_child, step_means, step_peaks, step_settings, step_turns
 
 PARTS = ('2d','3d','2d-bf16','3d-bf16','memory-2d','memory-3d')
-ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-ap.add_argument('--device', default='cpu')
-ap.add_argument('--threads', type=int, default=1)
-ap.add_argument('--cases', type=int, default=8, help='per step; 128 in the paper')
-ap.add_argument('--steps', type=int, default=3, help='timed steps of each form, after one that is not')
-ap.add_argument('--parts', nargs='*', default=list(PARTS), choices=PARTS)
-ap.add_argument('--out', default=str(Path(__file__).with_suffix('.json')))
-ap.add_argument('--child', help=argparse.SUPPRESS)
-ap.add_argument('--form', help=argparse.SUPPRESS)
-a = ap.parse_args()
-os.environ['OMP_NUM_THREADS'] = str(a.threads)
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+a = step_settings(__doc__, __file__, PARTS, 3, PARTS, cases=dict(type=int, default=8, help='per step; 128 in the paper'))
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-torch.set_num_threads(a.threads)
 from medssl_nb.core import generator
 from medssl_nb.data.masking import kept_blocks
 from medssl_nb.nets.vit import UnifiedViT, MaskDecoder, TextHead
@@ -119,54 +108,22 @@ def batch(kind, i):
     c = config(kind); g = generator(0, i, 0, 'bench'); M = 3 if kind == '2d' else 1
     return dict(image=torch.rand(a.cases, M, *c.region, generator=g).to(a.device), present=torch.ones(a.cases, M).bool(), progress=.5)
 
-def sync():
-    if a.device != 'cpu': torch.cuda.synchronize()
-clock = time.process_time if a.device == 'cpu' and a.threads == 1 else time.perf_counter
-
 def timing(part):
     kind,bf = part.split('-')[0],part.endswith('bf16')
-    made = {k: make(k, kind) for k in ('literal','ours')}; t,where,losses = {k: [] for k in made},{k: [] for k in made},{k: [] for k in made}
-    for i in range(a.steps + 1):
-        b = batch(kind, i)
-        for k,(run,opt,_) in made.items():
-            sync(); t0 = clock()
-            with torch.autocast(a.device.split(':')[0], torch.bfloat16, enabled=bf): loss = run(b, i)
-            sync(); t1 = clock()
-            loss.backward(); sync(); t2 = clock(); opt.step(); opt.zero_grad(set_to_none=True); sync(); t3 = clock()
-            losses[k].append(round(loss.item(), 5))
-            if i: t[k].append(t3-t0); where[k].append((t1-t0, t2-t1, t3-t2))
-    pairs = sorted(o/l for o,l in zip(t['ours'], t['literal'])); n = len(pairs)
-    return dict(size=list(config(kind).region), cases=a.cases, steps=a.steps, precision='bf16-mixed' if bf else '32-true', seconds={k: round(sum(v)/len(v), 3) for k,v in t.items()}, ratio=round((pairs[n//2] + pairs[(n-1)//2])/2, 3),
-        ratios=[round(p, 3) for p in pairs], forward_backward_update={k: [round(sum(c)/len(c), 3) for c in zip(*v)] for k,v in where.items()}, losses=losses,
-        parameters={k: sum(p.numel() for p in m.parameters()) for k,(_,_,m) in made.items()}, load=[round(v, 1) for v in os.getloadavg()])
-
-def rss(key): return next(int(l.split()[1])/1024 for l in open('/proc/self/status') if l.startswith(key))
+    made = {k: make(k, kind) for k in ('literal','ours')}; cast = torch.autocast(a.device.split(':')[0], torch.bfloat16, enabled=bf)
+    where,losses = step_turns({k: (cast(run), opt) for k,(run,opt,_) in made.items()}, lambda i: (batch(kind, i), i), a)
+    pairs = sorted(sum(o)/sum(l) for o,l in zip(where['ours'], where['literal']))
+    return dict(size=list(config(kind).region), cases=a.cases, steps=a.steps, precision='bf16-mixed' if bf else '32-true', **step_means(where) | dict(ratio=round(median(pairs), 3)),
+        ratios=[round(p, 3) for p in pairs], losses=losses, parameters={k: sum(p.numel() for p in m.parameters()) for k,(_,_,m) in made.items()}, load=[round(v, 1) for v in os.getloadavg()])
 
 def memory(form, kind):
     "Peak of two steps, MiB, above the process before the task was made."
-    before = rss('VmRSS')
-    run,opt,_ = make(form, kind)
-    if a.device != 'cpu': torch.cuda.reset_peak_memory_stats()
+    peak = Peak(a.device); run,opt,_ = make(form, kind)
     for i in range(2): loss = run(batch(kind, i), i); loss.backward(); opt.step(); opt.zero_grad(set_to_none=True)
-    return torch.cuda.max_memory_allocated()/2**20 if a.device != 'cpu' else rss('VmHWM') - before
-
-def child(part, form=''):
-    cmd = [sys.executable, __file__, '--child', part, '--form', form, '--device', a.device, '--threads', str(a.threads), '--cases', str(a.cases), '--steps', str(a.steps)]
-    # give freed blocks back at once, so that the peak is what was needed and not what the allocator kept
-    r = subprocess.run(cmd, capture_output=True, text=True, env=os.environ | (dict(MALLOC_MMAP_THRESHOLD_='262144') if form else {}))
-    if r.returncode: raise SystemExit(r.stderr)
-    return json.loads(r.stdout.splitlines()[-1])
+    return peak()
 
 if a.child: print(json.dumps(memory(a.form, a.child.split('-')[1]) if a.form else timing(a.child)))
 else:
-    out = Path(a.out); res = json.loads(out.read_text()) if out.exists() else {}
-    here = res.setdefault(a.device, {})
-    here['machine'] = dict(cpu=platform.processor() or platform.machine(), model=next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), ''),
-        gpu=torch.cuda.get_device_name() if a.device != 'cpu' else None, threads=a.threads, torch=torch.__version__, python=platform.python_version())
+    record = StepRecord(a)
     for part in a.parts:
-        if part.startswith('memory'):
-            m = {f: child(part, f) for f in ('literal','ours')}
-            here[part] = dict(size=list(config(part[7:]).region), cases=a.cases, peak_mib={k: round(v) for k,v in m.items()}, ratio=round(m['ours']/m['literal'], 3))
-        else: here[part] = child(part)
-        print(part, json.dumps(here[part]), flush=True)
-        out.write_text(json.dumps(res, indent=1) + '\n')
+        record.put(part, dict(size=list(config(part[7:]).region), cases=a.cases, **step_peaks(__file__, part)) if part.startswith('memory') else step_child(__file__, part))

@@ -49,47 +49,87 @@ def plan(data, out, arm, seed, steps=450, batch=64, lam=1e-2, cases=400, device=
     return ContinualConfig(**{**base, "steps": steps, "warmup": 50 / 450, "stages": stages, "out": Path(out) / f"{arm}_s{seed}", "score": score})
 
 
-def rises(rows, score="own"):
-    "Markdown: how much the loss on each stage rose from the end of that stage to the end of all, by arm; mean over seeds with its interval."
-    held, last, names = {}, max(r["after"] for r in rows), {r["stage"]: r.get("name") or str(r["stage"]) for r in rows}
+def stage_values(rows):
+    "score -> arm -> stage -> seed -> (mean over held-out cases at the end of that stage, at the end of all); None where a stage was not scored then (joint training has one end)."
+    held, last = {}, max(r["after"] for r in rows)
+    names = {r["stage"]: r.get("name") or str(r["stage"]) for r in rows}
     for r in rows:
-        if r["score"] == score:
-            held.setdefault((r["strategy"], r["seed"], r["stage"], r["after"]), []).append(r["value"])
-    mean = {k: sum(v) / len(v) for k, v in held.items()}
-    old = [s for s in sorted(names) if s < last]
-    text = [f"| arm | {' | '.join(names[s] for s in old)} |", "|---|" + "---|" * len(old)]
-    for arm in dict.fromkeys(r["strategy"] for r in rows):
-        cells = []
-        for s in old:
-            v = [mean[arm, seed, s, last] - mean[arm, seed, s, s] for seed in sorted({r["seed"] for r in rows}) if (arm, seed, s, s) in mean and (arm, seed, s, last) in mean]
-            i = mean_interval(v) if v else None
-            cells.append("" if i is None else f"{i['mean']:+.3f}" + ("" if i["low"] is None else f" [{i['low']:+.3f}, {i['high']:+.3f}]"))
-        text.append(f"| {arm} | {' | '.join(cells)} |")
+        if r["held_out"]:
+            held.setdefault((r["score"], r["strategy"], r["seed"], r["stage"], r["after"]), []).append(r["value"])
+    mean, out = {k: sum(v) / len(v) for k, v in held.items()}, {}
+    for score, arm, seed, stage, after in mean:
+        if after == last:
+            at = mean.get((score, arm, seed, stage, stage))
+            out.setdefault(score, {}).setdefault(arm, {}).setdefault(names[stage], {})[str(seed)] = [None if at is None else round(at, 6), round(mean[score, arm, seed, stage, last], 6)]
+    return {score: {arm: {names[s]: by[names[s]] for s in sorted(names) if names[s] in by} for arm, by in arms.items()} for score, arms in out.items()}
+
+
+def rise(by_seed):
+    "seed -> how much the loss rose from the end of the stage to the end of all."
+    return {s: end - at for s, (at, end) in by_seed.items() if at is not None}
+
+
+def span(values):
+    i = mean_interval(values) if values else None
+    return "" if i is None else f"{i['mean']:+.3f}" + ("" if i["low"] is None else f" [{i['low']:+.3f}, {i['high']:+.3f}]")
+
+
+def rises(arms, old=None):
+    "Markdown: the rise of each stage but the last (or of those named), by arm; mean over seeds with its interval."
+    old = old or list(next(iter(arms.values())))[:-1]
+    text = [f"| arm | {' | '.join(old)} |", "|---|" + "---|" * len(old)]
+    return text + [f"| {arm} | {' | '.join(span(list(rise(by[s]).values())) if s in by else '' for s in old)} |" for arm, by in arms.items()]
+
+
+def against(arms, one):
+    "Markdown: the rises of one arm minus those of every other, paired by seed; below zero: it forgets less."
+    old = list(next(iter(arms.values())))[:-1]
+    text = [f"| {one} minus | {' | '.join(old)} |", "|---|" + "---|" * len(old)]
+    for other, by in arms.items():
+        if other in (one, "joint"):
+            continue
+        mine, theirs = ([rise(x[s]) for s in old] for x in (arms[one], by))
+        text.append(f"| {other} | {' | '.join(span([a[k] - b[k] for k in a if k in b]) for a, b in zip(mine, theirs))} |")
     return text
 
 
-def report(out, name, what, results=Path(__file__).parent.parent / "results"):
-    "NAME.{json,md} and two figures: every arm and seed that is finished."
+def cost_of(stages, joint):
+    "Steps of all stages: on new cases, on old ones or batches of them beside new ones, and forward passes besides. Joint training has one training, which every stage names."
+    c = [s["cost"] for s in stages][: 1 if joint else None]
+    return [sum(x["new_steps"] for x in c), sum(x["old_steps"] + x.get("old_batches_beside", 0) for x in c), sum(sum(x["extra_passes"].values()) for x in c)]
+
+
+def report(out, name, what, results=Path(__file__).parent.parent / "results", **more):
+    "NAME.{json,md} and two figures: every arm and seed that is finished; `more` goes into the JSON."
     rows, costs = [], {}
     for f in sorted(Path(out).glob("*_s*/result.json")):
         arm = f.parent.name.rsplit("_s", 1)[0]
-        rows += [{**r, "strategy": arm} for r in read_jsonl(f.parent / "rows.jsonl")]  # variants of one strategy are arms of their own
+        besides = Path(out) / "segment" / f.parent.name / "rows.jsonl"  # asked of the packets later: continual_five.py --segment
+        rows += [{**r, "strategy": arm} for g in (f.parent / "rows.jsonl", besides) if g.is_file() for r in read_jsonl(g)]  # variants of one strategy are arms of their own
         packet = sorted((f.parent / "packets").iterdir())[-1] / "packet.json"
         facts = read_json(packet)
-        costs.setdefault(arm, (facts["patient_data"], sum(v["bytes"] for n, v in facts["files"].items() if n.startswith(("replay/", "strategy/", "statistics/")))))
+        costs.setdefault(arm, dict(patient_data=facts["patient_data"], bytes=sum(v["bytes"] for n, v in facts["files"].items() if n.startswith(("replay/", "strategy/", "statistics/"))), steps=cost_of(facts["stages"], arm == "joint")))
     rows.sort(key=lambda r: ARMS.index(r["strategy"]))
     found = summarise_runs(rows)
     names = {r["stage"]: r.get("name") or str(r["stage"]) for r in rows}
     note = Path(__file__).parent / f"{name}_verdict.md"  # written by a person who read the tables
     text = [note.read_text() if note.exists() else f"# {what}\n", f"![forgetting and learning]({name}.png)", "", f"![curves]({name}_curves.png)", ""]
+    values = stage_values(rows)
+    people = {names[s]: len({r["subject"] for r in rows if r["held_out"] and r["stage"] == s and "subject" in r}) for s in sorted(names)}
+    text += ["People who were held out: " + ", ".join(f"{n} of {s}" for s, n in people.items()) + ". Losses of reports are cross-entropies, of images squared errors: a mean over stages is mostly the reports'.", ""]
     for score, how in (("own", "through the decoder of its time"), ("refit", "through a decoder that was refitted")):
-        text += [f"## Rise of the loss of each stage, {how}", "", *rises(rows, score), ""]
+        if score in values:
+            text += [f"## Rise of the loss of each stage, {how}", "", *rises(values[score]), ""]
+            text += [x for one in ("medcoss", "invcoss") if one in values[score] and len(values[score]) > 2 for x in (*against(values[score], one), "")]
+    if "segment" in values:
+        seen = [s for s in names.values() if any(s in by and any(at is not None for at, _ in by[s].values()) for by in values["segment"].values())]
+        text += ["## Few-label segmentation: what the Dice of each stage gained (lost, below zero) since the stage's own end", "", *rises(values["segment"], seen), ""]
     for score in dict.fromkeys(r["score"] for r in found["table"]):
         text += [f"## {score}", "", measures_md(found, score), ""]
-    text += ["## What is kept for later stages", "", "| arm | bytes in the last packet beside weights and decoders | patients' data |", "|---|---:|---|"]
-    text += [f"| {a} | {costs[a][1]:,} | {'yes' if costs[a][0] else 'no'} |" for a in ARMS if a in costs]
+    text += ["## What is kept for later stages, and what was computed", "", "| arm | bytes in the last packet beside weights and decoders | patients' data | steps on new cases | steps on old ones, or batches beside | extra forward passes |", "|---|---:|---|---:|---:|---:|"]
+    text += [f"| {a} | {c['bytes']:,} | {'yes' if c['patient_data'] else 'no'} | {' | '.join(f'{n:,}' for n in c['steps'])} |" for a in ARMS if (c := costs.get(a))]
     (results / f"{name}.md").write_text("\n".join(text) + "\n")
-    write_json(results / f"{name}.json", json.loads(json.dumps(dict(what=what, seeds=sorted({r["seed"] for r in rows}), **found))))
+    write_json(results / f"{name}.json", json.loads(json.dumps(dict(what=what, seeds=sorted({r["seed"] for r in rows}), people=people, costs=costs, stages=values, **more, **found))))
     order = [a for a in ARMS if any(r["strategy"] == a for r in rows)]
     (results / f"{name}.png").write_bytes(png(show_strategies(found["table"], "refit", order=order), dpi=80))
     text_among = "report" in names.values()  # a cross-entropy beside squared errors

@@ -4,7 +4,7 @@
     python experiments/invcoss_pools.py DATA/patterns2d runs/small --out runs/pools                      # about a minute a pool on one core
     python experiments/invcoss_pools.py DATA/patterns2d runs/small --out runs/pools --report             # results/invcoss_pools.{json,md,png}
 
-The same on real X-rays, CT and MRI, from the models of `continual_five.py` (results/invcoss_real.{json,md,png}), with the audit where a stage has people enough:
+The same on real X-rays, CT and MRI, from the models of `continual_five.py` (results/invcoss_real.{json,md,png}; the picture shows no patient), with the audit where a stage has people enough:
 
     python experiments/invcoss_pools.py DATA/real runs/real --world real --out runs/pools_real [--report]
 
@@ -169,11 +169,11 @@ def seeds_of(cells, at, name):
     return sorted(s for a, s, n in cells if (a, n) == (at, name))
 
 
-def picture(cells, stages, seed):
-    "A row of images for each pool, real ones on top; stages side by side."
+def picture(cells, stages, seed, real=True):
+    "A row of images for each pool; stages side by side. Real ones on top where they are nobody's."
     from matplotlib.figure import Figure
 
-    names, k = ["real", *POOLS], 8 if len(stages) == 1 else 4
+    names, k = [*(["real"] if real else []), *POOLS], 8 if len(stages) == 1 else 4
     fig = Figure(figsize=(1.05 * k * len(stages) + 1.2, 1.0 * len(names)), layout="constrained")
     axes = fig.subplots(len(names), k * len(stages), squeeze=False)
     for ax in axes.flat:
@@ -241,7 +241,7 @@ def report(a, world):
     (results / f"{world.name}.md").write_text("\n".join([note.read_text() if note.exists() else f"# {world.what}\n", f"![pools]({world.name}.png)", "", *text]) + "\n")
     small = [dict(stage=at, seed=s, pool=n, values=values(c), last=c["last"], facts=c["facts"], parameters=c["parameters"], audit=c.get("audit")) for (at, s, n), c in cells.items()]
     write_json(results / f"{world.name}.json", dict(what=world.what, settings=json.loads(json.dumps(asdict(world.full), default=str)), cells=small, storage=kept))
-    (results / f"{world.name}.png").write_bytes(png(picture(cells, [at for at in a.stages if any(k[0] == at for k in cells)], a.seeds[0]), dpi=70))
+    (results / f"{world.name}.png").write_bytes(png(picture(cells, [at for at in a.stages if any(k[0] == at for k in cells)], a.seeds[0], real=a.world == "patterns"), dpi=70))
     print(results / f"{world.name}.md")
 
 

@@ -13,8 +13,8 @@ __all__ = ['SIDE', 'FINE', 'SHARP', 'TILTS', 'GUESSES', 'SURE', 'CONTROLS', 'LIM
            'plant', 'Bench', 'near_checks', 'checks', 'recut', 'disguises', 'smuggle', 'control', 'noticed',
            'with_status', 'unnoticed', 'in_words', 'histogram', 'audit_pool', 'check_statistics', 'regions', 'OnDisk',
            'cut_regions', 'sampled', 'read_pool', 'check_memory', 'stage_rows', 'check_members', 'read_site',
-           'html_table', 'html_histogram', 'audit_page', 'AuditConfig', 'network_views', 'open_pool', 'images_of',
-           'packet_task', 'audit', 'in_the_pool', 'suspects']
+           'html_table', 'html_histogram', 'audit_page', 'AuditConfig', 'network_views', 'check_audit', 'open_pool',
+           'images_of', 'packet_task', 'audit', 'in_the_pool', 'suspects']
 
 # %% ../nbs/73_audit.ipynb #d5185832
 import hashlib
@@ -414,12 +414,14 @@ def ssim(
     span:float,        # R: range of intensities
 )->np.ndarray:         # `(n,)`, at most 1
     "Structural similarity, mean over windows that lie inside."
-    d,C = a.ndim-2,a.shape[1]; conv = (F.conv2d, F.conv3d)[d-2]; a,b = a.double(),b.double()
+    a,b = a.double(),b.double()
+    def band(n):                    # the window as a matrix: torch's convolutions in double precision are slow
+        w = min(11, n - (n+1) % 2); t = torch.exp(-(torch.arange(w, dtype=torch.double) - w//2)**2/(2*1.5**2)); at = torch.arange(n-w+1); m = t.new_zeros(n, n-w+1)
+        for i,v in enumerate(t/t.sum()): m[at+i,at] = v
+        return m
     def blur(x):
-        for k,n in enumerate(x.shape[2:]):
-            w = min(11, n - (n+1) % 2); t = torch.exp(-(torch.arange(w, dtype=torch.double) - w//2)**2/(2*1.5**2)); t = (t/t.sum()).view([1, 1, *(w if i == k else 1 for i in range(d))])
-            x = conv(x, t.expand(C, *t.shape[1:]), groups=C)
-        return x
+        for k,n in enumerate(x.shape[2:-1], 2): x = (band(n).T @ x.flatten(k+1)).unflatten(-1, x.shape[k+1:])
+        return x @ band(x.shape[-1])
     ma,mb = blur(a),blur(b); va,vb,cov = blur(a*a) - ma*ma,blur(b*b) - mb*mb,blur(a*b) - ma*mb; c1,c2 = (.01*span)**2,(.03*span)**2
     return (((2*ma*mb + c1)*(2*cov + c2))/((ma*ma + mb*mb + c1)*(va + vb + c2))).flatten(1).mean(1).numpy()
 
@@ -585,9 +587,10 @@ def membership(
 def attacks(
     d,                  # `(m, n)` distances of the pool to the site, finite
     shadows=(),         # the same for pools of networks that did not see the patients
+    people=slice(None), # the volumes of people; canaries are none, and set no scale
 )->dict:                # name -> `(n,)` scores
     "Scores of the distance attacks."
-    nearest = -d.min(0); eps = np.median(-nearest); out = dict(nearest=nearest, within=(d < eps).mean(0))
+    nearest = -d.min(0); eps = np.median(-nearest[people]); out = dict(nearest=nearest, within=(d < eps).mean(0))
     if len(shadows): out['calibrated'] = nearest - np.mean([-q.min(0) for q in shadows], 0)
     return out
 
@@ -709,7 +712,7 @@ def checks(
         m = membership(score[ok], site.member[ok], who, draws); out.append(dict(check=f'membership: {name}', space=space, value=m['auc'], low=m['low'], high=m['high'], expected=.5, p=m['p']))
         out.append(dict(check=f'membership: {name}, found at 1 % false alarms', space=space, value=m['tpr'], low=m['tpr_low'], high=m['tpr_high'], expected=m['rate'], p=m['tpr_p']))
     for v in bench.views:
-        scores = attacks(s[f'every {v.name}'], [q[f'every {v.name}'] for q in shadows])
+        scores = attacks(s[f'every {v.name}'], [q[f'every {v.name}'] for q in shadows], ok)
         for n,a in scores.items(): member(n, v.name, a)
         if site.canary.any(): e = exposure(scores['nearest'][site.canary & site.member], scores['nearest'][site.canary & ~site.member]); out.append(dict(check='canaries in the pool, bits', space=v.name, value=e['mean'], expected=1., p=e['p']))
     for n,l in (losses or {}).items():
@@ -768,7 +771,7 @@ def control(
         found[n] = float((hits | (part['hash'] > 0)).mean() if full else hits.mean())
         if full:
             for c in checks(smuggle(s, part, at), ref, bench, draws=draws): caught.setdefault((c['check'], c['space']), {})[n] = noticed(c)
-    return dict(caught=caught, disguises=found, smuggled=k)
+    return dict(caught=caught, disguises=found, smuggled=k, of=m)
 
 def noticed(c:dict)->bool:
     "Whether a check sees something: by p, or by naming volumes."
@@ -806,10 +809,11 @@ def in_words(rows:list, control:dict, statistics:list)->str:
     which = sorted({i for c in bad for i in c.get('which', ())}); found = min(control['disguises'].values()); text = []
     if bad: text.append(f'Do not release this pool: {len(bad)} check{"s" if len(bad) > 1 else ""} raise{"" if len(bad) > 1 else "s"} an alarm' + (f', and {len(which)} volume(s) look like training patients. Look at them at the site, find out how they came in, and audit again' if which else '') + '.')
     if few: text.append(f'Do not release the statistics: {"; ".join(s["why"] for s in few)}.')
+    share = control['smuggled']/control['of']; part = 'a tenth' if abs(share - .1) < .02 else f'{share:.0%}'       # of a pool of twelve, two are smuggled in, and that is no tenth
     seen = unnoticed(rows); n = {k: sum(bool((c['control'] or {}).get(k)) for c in rows) for k in CONTROLS}
-    if not bad and seen: text.append(f'Not decided: a pool with a tenth of training volumes ({" and ".join(seen)}) went unnoticed here, so a clear result would mean nothing. More volumes or more held-out patients are needed.')
-    elif not bad: text.append(f'No sign was found that this pool repeats its training patients. A tenth of training volumes, smuggled in, was noticed by {n[CONTROLS[0]]} checks, with 5 % noise by {n[CONTROLS[1]]}; of single copies under {len(control["disguises"])} disguises between {found:.0%} and {max(control["disguises"].values()):.0%} were named' + ''.join(f', {w} {control["disguises"][k]:.0%}' for k,w in (('rotated by 15°', 'turned by 15°'), ('5 % noise', 'with 5 % noise'), ('smoothed, 5 % noise', 'smoothed and with 5 % noise')) if k in control['disguises']) + '.')
-    if blind: text.append(f'{len(blind)} of {len(rows)} checks cannot see a pool with a tenth of copies at this size; they say nothing.')
+    if not bad and seen: text.append(f'Not decided: a pool with {part} of training volumes ({" and ".join(seen)}) went unnoticed here, so a clear result would mean nothing. More volumes or more held-out patients are needed.')
+    elif not bad: text.append('No sign was found that this pool repeats its training patients' + (f', by the {len(rows)-len(blind)} of {len(rows)} checks that can see a pool with {part} of copies at this size; the other {len(blind)} say nothing' if blind else '') + f'. {part[0].upper() + part[1:]} of training volumes, smuggled in, was noticed by {n[CONTROLS[0]]} checks, with 5 % noise by {n[CONTROLS[1]]}; of single copies under {len(control["disguises"])} disguises between {found:.0%} and {max(control["disguises"].values()):.0%} were named' + ''.join(f', {w} {control["disguises"][k]:.0%}' for k,w in (('rotated by 15°', 'turned by 15°'), ('5 % noise', 'with 5 % noise'), ('smoothed, 5 % noise', 'smoothed and with 5 % noise')) if k in control['disguises']) + '.')
+    if blind and (bad or seen): text.append(f'{len(blind)} of {len(rows)} checks cannot see a pool with {part} of copies at this size; they say nothing.')
     if leak: text.append('The network itself gives its training patients away: its loss tells them from others. A private pool does not help as long as the weights travel with it.')
     return ' '.join(text + ['Synthetic is not the same as private: this is evidence, not a guarantee.'])
 
@@ -837,7 +841,7 @@ def audit_pool(
     statistics = list(statistics)
     return dict(alarm=any(c['status'] == 'alarm' for c in rows) or any(not t['ok'] for t in statistics), decided=not unnoticed(rows), network_leaks=any(c['status'] == 'leak' for c in rows), verdict=in_words(rows, con, statistics), pool=len(pool),
         persons=dict(training=len(site.people(True)), held_out=len(site.people(False))), volumes=dict(training=len(site.rows(True)), held_out=len(site.rows(False)), canaries=int(site.canary.sum())), shape=list(pool.shape[1:]), spaces=[v.name for v in views],
-        checks=rows, control=dict(share=share, smuggled=con['smuggled'], disguises=con['disguises']), statistics=statistics, histograms=hist, limits=list(LIMITS) + ([] if site.canary.any() else ['No canaries were planted before training (cases of the group canary), so nothing is said about single images that the network may have learnt by heart.']))
+        checks=rows, control=dict(share=share, smuggled=con['smuggled'], of=con['of'], disguises=con['disguises']), statistics=statistics, histograms=hist, limits=list(LIMITS) + ([] if site.canary.any() else ['No canaries were planted before training (cases of the group canary), so nothing is said about single images that the network may have learnt by heart.']))
 
 # %% ../nbs/73_audit.ipynb #e1b069fe
 def check_statistics(
@@ -965,7 +969,7 @@ def audit_page(r:dict)->str:
     which = sorted({i for c in r['checks'] if c['status'] == 'alarm' for i in c.get('which', ())})
     parts = [f'<p class="verdict{" bad" if r["alarm"] else ""}" role="status">{E(r["verdict"])}</p>', f'<p>{r["pool"]} synthetic volumes of {" × ".join(map(str, r["shape"]))}, against {r["persons"]["training"]} training and {r["persons"]["held_out"]} held-out persons ({r["volumes"]["training"]} and {r["volumes"]["held_out"]} regions). Pool <code>{E(str(r.get("pool_sha256", ""))[:16])}</code>.</p>',
         '<p>Suspicious volumes of the pool, by position from 0: ' + ', '.join(map(str, which)) + '. The training cases they resemble are listed at the site alone.</p>' if which else '',
-        '<h2>Checks</h2>', html_table('Expected: what held-out patients would show. Control: whether the check notices a pool with a tenth of smuggled training volumes. Alarm: p below 0.05 divided by the number of checks, or a named volume; blind: the control went unnoticed, so clear would mean nothing.', ['check', 'space', 'value', 'low', 'high', 'expected', 'p', 'notices the control', ''], rows),
+        '<h2>Checks</h2>', html_table(f'Expected: what held-out patients would show. Control: whether the check notices a pool in which {r["control"]["smuggled"]} of {r["control"]["of"]} volumes are smuggled training volumes. Alarm: p below 0.05 divided by the number of checks, or a named volume; blind: the control went unnoticed, so clear would mean nothing.', ['check', 'space', 'value', 'low', 'high', 'expected', 'p', 'notices the control', ''], rows),
         '<h2>How near</h2>', ''.join(html_histogram(n, h) for n,h in r['histograms'].items()), '<h2>Control</h2>', html_table(f'{r["control"]["smuggled"]} training volumes were smuggled into the pool; share that was named', ['disguise', 'named'], [[n, v] for n,v in r['control']['disguises'].items()]),
         '<h2>Statistics</h2>' + html_table('Layer statistics travel only if enough persons are in them', ['stage', 'persons', 'may travel', ''], [[t['name'], t['subjects'], 'yes' if t['ok'] else 'no', t['why']] for t in r['statistics']]) if r['statistics'] else '',
         '<h2>What this does not say</h2><ul>' + ''.join(f'<li>{E(t)}</li>' for t in r['limits']) + '</ul>']
@@ -1007,6 +1011,16 @@ def network_views(task, x, repeats:int=4, seed:int=0)->tuple:
     with evaluating(task): losses = np.array([loss(v) for v in x.split(1)])
     return (f if hasattr(task, 'readout') else None),losses
 
+# %% ../nbs/73_audit.ipynb #e352345b
+def check_audit(cfg:AuditConfig)->AuditConfig:
+    "Values with which nothing could be said are refused before anything is read."
+    for k,lo in dict(patch=2, nearest=1, draws=2, repeats=1).items():
+        if getattr(cfg, k) < lo: raise UserError(f'{k} is {getattr(cfg, k)}', f'at least {lo}')
+    for k in ('sample', 'regions'):
+        if getattr(cfg, k) is not None and getattr(cfg, k) < 1: raise UserError(f'{k} is {getattr(cfg, k)}', 'at least 1, or None for all')
+    if not 0 < cfg.share <= .5: raise UserError(f'share is {cfg.share}', 'a share of the pool in (0, 0.5]', 'the control is the pool with so many copies in it; the more, the easier they are noticed')
+    return cfg
+
 # %% ../nbs/73_audit.ipynb #128a2bc5
 def open_pool(cfg:AuditConfig)->tuple:
     "Folder of the pool, its stage, and the packet's facts (None for a bare pool)."
@@ -1040,7 +1054,7 @@ def audit(
     "A pool, or a packet with one -> a verdict, as JSON and as a page."
     if cfg.packet is None or cfg.against is None: raise UserError('a pool and the data of the site are needed', 'medssl audit PACKET --against PREPARED')
     from tqdm import tqdm
-    folder,stage,facts = open_pool(cfg); pool,channels,spacing,names,digest = images_of(folder, cfg.sample, cfg.seed); said = next((s for s in (facts or {}).get('stages', ()) if s['name'] == stage), {}); quiet = None if cfg.progress else True
+    check_audit(cfg); folder,stage,facts = open_pool(cfg); pool,channels,spacing,names,digest = images_of(folder, cfg.sample, cfg.seed); said = next((s for s in (facts or {}).get('stages', ()) if s['name'] == stage), {}); quiet = None if cfg.progress else True
     site = read_site(cfg.against, cfg.held, tuple(said.get('left_out') or ('test',)) if cfg.leave_out is None else cfg.leave_out, tuple(pool.shape[2:]), channels, spacing, cfg.group, cfg.regions, len(pool), said, cfg.other_cases, lambda rows: tqdm(rows, 'reading', unit='case', disable=quiet)); features,losses = {},{}
     for n,p in cfg.encoders.items():
         enc,card = load_encoder(p)

@@ -24,7 +24,7 @@ COMMANDS = dict(
     statistics=('medssl_nb.invert',      'StatisticsConfig', 'statistics',  'model', 'a finished run and its images -> what an inversion needs'),
     invert  =('medssl_nb.invert',        'InvertCommand',  'invert_command', 'model', 'a model and its statistics -> images instead of patients'),
     render  =('medssl_nb.invert',        'RenderConfig',   'render',        'source', 'a stored generator and its codes -> their images'),
-    continual=('medssl_nb.continual', None,            None,            '',     'stage after stage, or one stage at each site: run | stage | verify'),
+    continual=('medssl_nb.continual', None,            None,            '',     'stage after stage, or one stage at each site: plan | run | stage | verify'),
     export  =('medssl_nb.export',        'ExportConfig',   'export',        'encoder', 'an encoder -> MONAI, nnU-Net, or a verified copy'),
     audit   =('medssl_nb.audit',         'AuditConfig',    'audit',         'packet', 'a pool of invented volumes against the patients it came from: copies, membership, a verdict'),
     canaries=('medssl_nb.audit',         'CanaryConfig',   'plant',         'out', 'artificial images into the training data, so that an audit can say what is learnt by heart'),
@@ -37,6 +37,7 @@ COMMANDS = dict(
 
 WORDS = dict(  # commands of two words: command -> second word -> module, settings, function, what bare words fill, defaults, what it does
     continual=dict(
+        plan  =('medssl_nb.continual', 'PlanConfig',      'write_plan', 'data', None,           'a folder of prepared data -> a plan of five stages, to edit and to run'),
         run   =('medssl_nb.continual', 'ContinualConfig', 'run',    'config', 'plan_settings', 'a plan (YAML: stages, method, strategy) -> packets, scores, what was forgotten'),
         stage =('medssl_nb.continual', 'SiteConfig',      'stage',  '',       'site_settings', 'a packet and data in, a packet out: --from PACKET --data DATA --to PACKET'),
         verify=('medssl_nb.continual', 'VerifyConfig',    'verify', 'packet', None,            'is a packet what was written, and are patients in it?')))

@@ -6,6 +6,7 @@
 __all__ = ['pool_size', 'recorded', 'InvCoSSConfig', 'InvCoSS']
 
 # %% ../nbs/72_invcoss.ipynb #a6c6f2b4
+import math
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -70,8 +71,8 @@ class InvCoSS(Replay):
         if getattr(task, 'needs', ()): raise UserError(f'{type(task).__name__} needs {", ".join(task.needs)}', 'a task that needs images alone', 'invented images have no labels')
         n = min(stage['subjects'], self.cfg.limit or stage['subjects'])
         if n < LEAST and not self.cfg.few: raise UserError(f'stage {stage["name"]!r} would leave statistics of {n} persons', f'at least {LEAST}', 'averages over few people can give something away about each; --settings.few True says that somebody decided otherwise')
-        c = self.cfg.invert; size = tuple(getattr(task.cfg, f'region{stage["kind"]}', None) or task.region)
-        with torch.device('meta'): build_generator(c.generator, size, len(stage['channels']), c.z_channels, c.widths, c.cache)
+        c = self.cfg.invert; size = tuple(getattr(task.cfg, f'region{stage["kind"]}', None) or task.region); ends = dict(lo=c.lo or -math.inf, hi=c.hi or math.inf)       # as far as somebody said; the rest is recorded
+        with torch.device('meta'): build_generator(c.generator, size, len(stage['channels']), c.z_channels, c.widths, c.cache, **ends)
     def make_pool(self,
         task,          # at the end of its stage, with the decoder of this stage
         cases,         # of the stage; statistics are taken from them, and nothing else

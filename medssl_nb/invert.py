@@ -87,7 +87,11 @@ def check_invert(cfg:InvertConfig)->InvertConfig:
     for k in ('lr', 'z_lr', 'clip'):
         if not (getattr(cfg, k) > 0 and math.isfinite(getattr(cfg, k))): raise UserError(f'{k} is {getattr(cfg, k)}', 'a positive number')
     w = {k: getattr(cfg, f'a_{k}') for k in ('task', 'norm', 'img', 'rep')}
-    if min(w.values()) < 0 or not any(w.values()): raise UserError(f'weights {w}', 'at least 0, not all 0')
+    if not all(0 <= v < math.inf for v in w.values()) or not any(w.values()): raise UserError(f'weights {w}', 'finite numbers, at least 0, not all 0')
+    if not 0 <= cfg.decay <= 1: raise UserError(f'decay is {cfg.decay}', 'the share of the rates that is left at the end, in [0, 1]')
+    if cfg.early is not None and not 0 < cfg.early < math.inf: raise UserError(f'early is {cfg.early}', 'a positive factor of what real images cost, or None')
+    for k in ('widths', 'cache'):
+        if min(getattr(cfg, k) or (1,)) < 1: raise UserError(f'{k} are {getattr(cfg, k)}', 'at least 1 each')
     for k,words in dict(work=('joint','chunks'), generator=GENERATORS, reduce=('mean','sum'), target=('auto','batch','pooled'), store=('volumes','codes','both'), precision=('32-true','bf16-mixed')).items(): choose(getattr(cfg, k), words, k)
     return cfg
 
@@ -216,7 +220,8 @@ def check_room(stats:Statistics, cfg:InvertConfig, dim:int, device, keep:bool):
     with torch.device('meta'): z = math.prod(build_generator(cfg.generator, tuple(S), M, cfg.z_channels, cfg.widths, cfg.cache).z_shape)
     at_once = min(cfg.n, cfg.chunk) if cfg.work == 'chunks' else cfg.n
     need,free = 12*z*at_once + 4*dim*cfg.n + (4*M*math.prod(S)*cfg.n if keep else 0),room(device)
-    if need > .8*free: raise UserError(f'{cfg.n} images need about {size_text(need)} at once ({size_text(12*z)} for the code of each{", and the images themselves" if keep else ""})', f'at most {size_text(.8*free)}, which is what can be used here', ('give out=...: images then go to disk one by one; ' if keep else '') + f"work='chunks' with chunk={max(2, int(.4*free/(12*z)))}, or another generator than {cfg.generator!r}")
+    todo = ('give out=...: images then go to disk one by one; ' if keep else '') + (f"work='chunks' with chunk={max(2, int(.4*free/(12*z)))}, or another generator than {cfg.generator!r}" if 4*dim*cfg.n < .4*free else f"fewer images: the features of all of them ({size_text(4*dim)} each) stay in memory, with work='chunks' too")
+    if need > .8*free: raise UserError(f'{cfg.n} images need about {size_text(need)} at once ({size_text(12*z)} for the code of each{", and the images themselves" if keep else ""})', f'at most {size_text(.8*free)}, which is what can be used here', todo)
 
 # %% ../nbs/70_invert.ipynb #75575787
 def check_model(task, stats, cfg):
@@ -287,16 +292,21 @@ def render_pool(
     source,         # folder `generator` of an inversion, or the folder it lies in
     out=None,       # prepared folder to write; None: tensors instead
     batch:int=16,
+    progress:bool=False,   # a bar on standard error, where that is a terminal
 ):                  # the folder, or `(n, M, *S)`
     "The images of a stored generator and its codes."
     src = Path(source)/'generator' if (Path(source)/'generator').is_dir() else Path(source)
     if not (src/'generator.json').is_file(): raise UserError(f'{source} holds no generator with codes', 'a pool that was made with store=codes or both', "medssl invert … --how.store both")
     d = read_json(src/'generator.json'); cfg,stats = from_dict(InvertConfig, d['settings']),Statistics({}, d['statistics']); kept = []
-    for f in sorted(src.glob('block_*.safetensors')):
-        t = read_tensors(f); inv = Inverter(stats, cfg, 1, int(f.stem[6:]), len(t['codes']))
-        inv.generator.load_state_dict({k[10:]: v for k,v in t.items() if k.startswith('generator.')}); inv.codes.z = t['codes'].float()
-        if out is None: kept += list(inv.eval().render(batch))
-        else: write_images(out, inv.eval().render(batch), inv.first, stats, cfg, d['statistics'].get('stage', ''))
+    from tqdm import tqdm
+    with tqdm(total=cfg.n, desc='rendering', unit='image', disable=not (progress and sys.stderr.isatty())) as bar:
+        def images(inv):
+            for x in inv.eval().render(batch): yield x; bar.update(len(x))     # asked for the next: this one is written
+        for f in sorted(src.glob('block_*.safetensors')):
+            t = read_tensors(f); inv = Inverter(stats, cfg, 1, int(f.stem[6:]), len(t['codes']))
+            inv.generator.load_state_dict({k[10:]: v for k,v in t.items() if k.startswith('generator.')}); inv.codes.z = t['codes'].float()
+            if out is None: kept += list(images(inv))
+            else: write_images(out, images(inv), inv.first, stats, cfg, d['statistics'].get('stage', ''))
     if out is None: return torch.cat(kept)
     write_index(out); prov = Path(src).parent/'provenance.json'
     if prov.is_file(): shutil.copyfile(prov, Path(out)/'provenance.json')
@@ -550,6 +560,8 @@ def share_of(cases:int, percent:int)->int:
 def invert_command(cfg:InvertCommand)->dict:
     "A model and its statistics -> a pool on disk."
     if cfg.model is None or cfg.out is None: raise UserError('no model, or no place to write', 'both', 'medssl invert runs/NAME -o pools/NAME')
+    if cfg.percent < 1: raise UserError(f'{cfg.percent} per cent', 'at least 1', 'or how many images: --n')
+    if cfg.how.n not in (InvertConfig.n, cfg.n): raise UserError(f'--how.n {cfg.how.n}', f'--n {cfg.how.n}', 'of the two, the command reads --n')
     task,settings,beside = open_model(cfg.model); at = Path(cfg.statistics) if cfg.statistics else beside
     if cfg.stage and not cfg.statistics: at = at/f'{cfg.stage}.json'
     elif at == beside and (Path(cfg.model)/'packet.json').is_file():
@@ -558,7 +570,7 @@ def invert_command(cfg:InvertCommand)->dict:
     if not getattr(task, 'region', ()): no_text({'text': []}, 'inversion')
     stats = load_statistics(at)
     if cfg.device == 'cuda' or cfg.device == 'auto' and torch.cuda.is_available(): task = task.cuda()
-    how = replace(cfg.how, n=cfg.n or share_of(stats.info['cases'], cfg.percent))
+    how = replace(cfg.how, n=cfg.n if cfg.n is not None else share_of(stats.info['cases'], cfg.percent))
     got = invert(task, stats, how, cfg.out, cfg.stage or ''); r = got.report
     say = lambda k: 'not computed' if r[k] is None else f'{r[k]:.3g}'
     print(f'{r["images"]} images in {r["steps"]} steps ({r["seconds_per_image"]:.3g} s each, {size_text(r["peak_bytes"])} of memory at most{"" if r.get("peak_of", "process") == "inversion" else ", counted since the process began"}, {r["restarts"]} batches begun again); task {say("task")} (real images {r["real"]["task"]:.3g}), '
@@ -571,9 +583,10 @@ class RenderConfig:
     source:Path|None=None       # a pool that was made with --how.store codes or both
     out:Path|None=None          # prepared folder to write
     batch:int=16
+    progress:bool=True          # a bar on standard error, where that is a terminal
 
 def render(cfg:RenderConfig)->dict:
     "Codes -> images."
     if cfg.source is None or cfg.out is None: raise UserError('no source, or no place to write', 'both', 'medssl render pools/NAME -o pools/NAME-images')
     if Path(cfg.out).exists() and any(Path(cfg.out).iterdir()): raise UserError(f'{cfg.out} is not empty', 'a new folder')
-    return dict(out=render_pool(cfg.source, cfg.out, cfg.batch))
+    return dict(out=render_pool(cfg.source, cfg.out, cfg.batch, cfg.progress))

@@ -62,7 +62,6 @@ def provenance(
 
 def patient_words(
     replay:dict,     # stage -> provenance
-    derived:bool=False,  # does the strategy carry answers to single cases?
 )->tuple:            # bool, sentence
     "Are patients in it, in one sentence."
     real = {s: p for s,p in replay.items() if p['kind'] == 'real'}

@@ -60,6 +60,20 @@ def test_a_table_that_changes_changes_the_claim(builder, tmp_path):
     assert same(found) == same(before)
 
 
+def test_a_probe_on_two_people_is_no_claim(builder, tmp_path):
+    "The CT of the real sequence holds out two people; what a probe says of them moves nothing, what it says of tiles does."
+    d = read_json(RESULTS / "continual_real.json")
+    assert d["people"]["ct"] < 10 <= min(n for s, n in d["people"].items() if s != "ct")
+    before = builder.continual(RESULTS, "continual_real", "real")
+    assert any("without ct" in c.what for c in before)
+    for stage in ("ct", "path"):
+        for v in d["stages"]["linear"]["invcoss"][stage].values():
+            v[1] = 1.0
+        write_json(tmp_path / "continual_real.json", d)
+        after = builder.continual(tmp_path, "continual_real", "real")
+        assert (after == before) == (stage == "ct")
+
+
 def test_the_command_prints_them(capsys):
     assert main(["claims", "--method", "invcoss"]) == 0
     out = capsys.readouterr().out

@@ -91,7 +91,7 @@ def test_experiments_plan_run_and_report(tmp_path, capsys):
     import continual_small
 
     from medssl_nb.continual import run
-    from medssl_nb.core import read_json, read_jsonl
+    from medssl_nb.core import UserError, read_json, read_jsonl, write_jsonl
 
     write_patterns(tmp_path / "data", 12, 2, test=8)
     data = tmp_path / "data"
@@ -103,6 +103,9 @@ def test_experiments_plan_run_and_report(tmp_path, capsys):
     made.settings.invert = replace(made.settings.invert, steps=3, batch=4)
     for p in (plans["sequential"], made):
         run(replace(p, warmup=0.25, stages=p.stages[:2], score=replace(p.score, scores=("own", "refit"), refit_steps=2)))
+    asked = [dict(strategy="sequential", seed=0, score="segment", held_out=True, stage=1, name="grating", subject="s", after=a, value=v) for a, v in ((1, 0.5), (2, 0.25))]
+    (tmp_path / "runs" / "segment" / "sequential_s0").mkdir(parents=True)
+    write_jsonl(tmp_path / "runs" / "segment" / "sequential_s0" / "rows.jsonl", asked)  # as continual_five.py --segment leaves them beside the runs
     continual_small.report(tmp_path / "runs", "small", "a test", tmp_path)
     found = read_json(tmp_path / "small.json")
     rows = list(read_jsonl(tmp_path / "runs" / "sequential_s0" / "rows.jsonl"))
@@ -110,11 +113,42 @@ def test_experiments_plan_run_and_report(tmp_path, capsys):
     rise = mean(1, 2) - mean(1, 1)
     assert abs(next(r for r in found["table"] if (r["strategy"], r["score"], r["measure"]) == ("sequential", "own", "forgetting"))["mean"] - rise) < 1e-6
     text = (tmp_path / "small.md").read_text()
+    assert "own end\n\n| arm | grating |\n|---|---|\n| sequential | -0.250 |\n" in text
     assert "| invcoss |" in text and "| sequential | 0 | no |" in text and (tmp_path / "small_curves.png").stat().st_size > 1000
     (tmp_path / "five").mkdir()
     (tmp_path / "five" / "stages.json").write_text('[{"name": "xray", "target": "label"}, {"name": "ct", "target": null}]')
     five = {a: continual_five.plan(tmp_path / "five", tmp_path / "out", a, 1) for a in continual_five.FIVE}
     assert all([s.name for s in p.stages] == ["xray", "ct"] and p.train.seed == 1 and p.strategy == a for a, p in five.items())
+    with pytest.raises(UserError, match="ewc_s1 is not finished"):
+        continual_five.segment(tmp_path / "five", tmp_path / "out", "ewc", 1)
+
+
+def test_tables_of_the_experiments_by_hand(tmp_path):
+    "Two seeds, two stages: what was learnt, how far it rose, one arm minus another by seed, steps of a sequence and of joint training, lambda by lambda."
+    import continual_five
+    import continual_small
+    from medssl_nb.core import write_jsonl
+
+    def rows(arm, seed, learnt, end):  # two cases of the first stage, one of the second
+        one = dict(strategy=arm, seed=seed, score="own", held_out=True)
+        at = lambda after, stage, v: [dict(one, after=after, stage=stage, name="ab"[stage - 1], value=x, subject=f"s{i}") for i, x in enumerate(v)]
+        return [*at(1, 1, [learnt - 0.1, learnt + 0.1]), *at(2, 1, [end - 0.2, end + 0.2]), *at(2, 2, [0.7])]
+
+    every = [*rows("medcoss", 0, 0.5, 0.6), *rows("medcoss", 1, 0.4, 0.7), *rows("er", 0, 0.5, 0.9), *rows("er", 1, 0.5, 0.9), dict(rows("er", 0, 9.0, 9.0)[0], held_out=False)]
+    own = continual_small.stage_values(every)["own"]
+    assert own["medcoss"] == {"a": {"0": [0.5, 0.6], "1": [0.4, 0.7]}, "b": {"0": [0.7, 0.7], "1": [0.7, 0.7]}}
+    assert continual_small.rises(own)[2:] == ["| medcoss | +0.200 [-1.071, +1.471] |", "| er | +0.400 [+0.400, +0.400] |"]  # t over two: 12.706 x 0.1
+    assert continual_small.against(own, "medcoss")[2:] == ["| er | -0.200 [-1.471, +1.071] |"]
+    assert continual_small.rises(own, ["b"])[2:] == ["| medcoss | +0.000 [+0.000, +0.000] |", "| er | +0.000 [+0.000, +0.000] |"]
+    joint = continual_small.stage_values([r for r in rows("joint", 0, 0.5, 0.6) if r["after"] == 2])["own"]
+    assert joint["joint"]["a"] == {"0": [None, 0.6]} and continual_small.rises(joint)[2:] == ["| joint |  |"]
+    cost = lambda new, old, beside, a, b: dict(cost=dict(new_steps=new, old_steps=old, old_batches_beside=beside, extra_passes=dict(student=a, teacher=b)))
+    stages = [cost(10, 0, 0, 0, 0), cost(10, 4, 3, 2, 1)]
+    assert continual_small.cost_of(stages, False) == [20, 7, 3] and continual_small.cost_of(stages, True) == [10, 0, 0]
+    for lam, v in (("0.1", 0.8), ("1e-05", 0.9)):
+        (tmp_path / "sweep" / f"ewc_{lam}_s0").mkdir(parents=True)
+        write_jsonl(tmp_path / "sweep" / f"ewc_{lam}_s0" / "rows.jsonl", rows("ewc", 0, 0.5, v))
+    assert list(continual_five.swept(tmp_path).items()) == [("ewc_1e-05_s0", {"a": 0.9, "b": 0.7}), ("ewc_0.1_s0", {"a": 0.8, "b": 0.7})]
 
 
 def test_without_real_data_it_says_so(tmp_path):

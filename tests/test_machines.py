@@ -183,6 +183,27 @@ def test_the_batch_file_walks_through_stages(tmp_path, thorough):
         assert [made(out / "packets" / n) for n in ("01_xr", "02_he")] == [made(tmp_path / "torchrun" / "packets" / n) for n in ("01_xr", "02_he")]
 
 
+@pytest.mark.slow
+def test_two_machines_are_two_processes(tmp_path):
+    "One torchrun on each of two machines, which find one another at an address: the same packets as two processes of one machine."
+    from socket import socket
+
+    from test_continual import plan, prepared
+    from test_invcoss import SETTINGS, made
+
+    root = prepared(tmp_path)
+    plans = {n: plan(root, tmp_path / n, ("xr", "he"), "invcoss", SETTINGS, name=f"{n}.yaml", score=dict(scores=[]), steps=6) for n in ("one", "two")}
+    start = lambda name, *how: subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *how, "-m", "medssl_nb.cli", "continual", "run", str(plans[name])], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    with socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    there = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=stages")
+    for p in (*(start("two", *there) for _ in range(2)), start("one", "--standalone", "--nproc_per_node=2")):
+        _, err = p.communicate(timeout=600)
+        assert p.returncode == 0, err[-3000:]
+    assert [made(tmp_path / "two" / "packets" / n) for n in ("01_xr", "02_he")] == [made(tmp_path / "one" / "packets" / n) for n in ("01_xr", "02_he")]
+
+
 def test_a_batch_file_that_fails_is_not_requeued(tmp_path):
     (tmp_path / "srun").write_text("#!/bin/sh\nexit 2\n")
     (tmp_path / "scontrol").write_text(f"#!/bin/sh\ntouch {tmp_path}/requeued\n")

@@ -88,6 +88,8 @@ def test_notebook_is_clean(nb):
     raw = json.loads(nb.read_text())
     if "widgets" in raw["metadata"]:
         bad.append("widget state")
+    if twice := {c["id"] for c in raw["cells"] if [d["id"] for d in raw["cells"]].count(c["id"]) > 1}:
+        bad.append(f"cells with the same id: {sorted(twice)}")
     for i, c in enumerate(raw["cells"]):
         if c["cell_type"] != "code":
             continue

@@ -72,13 +72,36 @@ def test_an_ordinary_run_says_whether_its_features_collapse(whole):
     rows = read_jsonl(whole["out"] / "history.jsonl")
     assert len(rows) == 6 and all(math.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in rows)
     assert {"rec", "intra", "inter", "rank", "coding_rate", "matched", "anchors"} <= rows[0].keys() and "rank" not in rows[1]
-    assert 1 <= rows[0]["rank"] <= 8 and 0 < rows[0]["anchors"] <= rows[0]["matched"] < 1 and rows[0]["coding_rate"] > 0
+    assert 1.5 < rows[0]["rank"] < 8 and 0 < rows[0]["anchors"] <= rows[0]["matched"] < 1 and rows[0]["coding_rate"] > 0
     assert whole["task"].health({}, {}) == {}  # nothing is asked of tokens that nobody made
+
+
+def test_health_is_what_it_says(whole, data):
+    "Effective rank, coding rate and anchors of a batch, computed here with numpy; one token everywhere is a collapse, and is called one."
+    from medssl_nb.data.cases import Cases, Prepared, collate
+
+    p, task = Prepared(data), whole["task"]
+    rows = [r for r in p.rows if len(r["channels"]) > 1][:4]
+    v = task.views(collate([Cases(p, rows, region=task.region)[i, 0] for i in range(len(rows))]), generator(0, name="views"))
+    with torch.no_grad():
+        out = task(v)
+    got, z = task.health(out, v), out["z"].flatten(0, 1).double().numpy()
+    s = np.linalg.svd(z, compute_uv=False)
+    s = s / s.sum()
+    assert got["rank"] == pytest.approx(math.exp(-(s * np.log(s)).sum()), rel=1e-4)
+    u = z / np.linalg.norm(z, axis=1, keepdims=True)
+    m, d = u.shape
+    assert got["coding_rate"] == pytest.approx(0.5 * np.linalg.slogdet(np.eye(d) + d / (m * 0.5) * u.T @ u)[1], rel=1e-4)
+    one = torch.ones_like(out["z"])
+    with pytest.warns(UserWarning, match="the features may have collapsed"):
+        flat = task.health({**out, "z": one}, v)
+    assert flat["rank"] == pytest.approx(1, abs=1e-3) and flat["coding_rate"] == pytest.approx(0.5 * math.log(1 + d / 0.5), rel=1e-4)
+    assert got["rank"] > 1.5 and got["coding_rate"] > flat["coding_rate"]
 
 
 def test_without_the_inter_term_the_rank_is_still_there(data, tmp_path):
     row = run(config(data, tmp_path / "r", 1, w_inter=0.0))["history"][0]
-    assert row["rank"] >= 1 and row["coding_rate"] > 0 and not {"inter", "matched", "anchors"} & row.keys()
+    assert 1.5 < row["rank"] < 8 and row["coding_rate"] > 0 and not {"inter", "matched", "anchors"} & row.keys()
 
 
 def test_two_visits_of_a_person_are_no_pair_of_people(whole, data):
@@ -109,6 +132,7 @@ def test_a_cut_run_continues_bit_for_bit(whole, data, tmp_path):
 
 
 def test_only_the_sequences_that_were_asked_for(data, tmp_path, capsys, monkeypatch):
+    from medssl_nb.data.cases import Prepared
     from medssl_nb.tasks.taco import TACO
 
     with pytest.raises(UserError, match="1 of 7 cases have none of t1, flair"):
@@ -116,14 +140,16 @@ def test_only_the_sequences_that_were_asked_for(data, tmp_path, capsys, monkeypa
     seen, kept = [], TACO.views
 
     def views(self, batch, gen):
-        seen.append((tuple(batch["image"].shape[1:]), batch["present"].sum(1).min().item()))
+        seen.append((tuple(batch["image"].shape[1:]), dict(zip(batch["case"], batch["present"].tolist()))))
         return kept(self, batch, gen)
 
     monkeypatch.setattr(TACO, "views", views)
     out = run(config(data, tmp_path / "r", 2, ("t1", "t2")))
     assert "on 7 cases of 6 subjects, channels t1, t2;" in capsys.readouterr().out
     assert read_json(out["out"] / "encoder" / "card.json")["channels_seen"] == ["t1", "t2"] and len(out["history"]) == 2
-    assert len(seen) == 2 and {s for s, _ in seen} == {(2, SIDE, SIDE, SIDE)} and all(n >= 1 for _, n in seen)  # nobody without a sequence of these
+    assert len(seen) == 2 and {s for s, _ in seen} == {(2, SIDE, SIDE, SIDE)} and all(seen[k][1] for k in (0, 1))
+    there = {r["case"]: [c in r["channels"] for c in ("t1", "t2")] for r in Prepared(data).rows}  # what each case has of the two, and in their order
+    assert all(have == there[c] for _, cases in seen for c, have in cases.items()) and {True, False} == {h for have in there.values() for h in have}
 
 
 def test_the_encoder_goes_on(whole, data, tmp_path):

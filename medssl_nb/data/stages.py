@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'report_rows', 'TextCases', 'BatchCases', 'Placed', 'Items', 'divide', 'item_counts', 'own_seed', 'Mixed',
-           'Beside', 'Joint', 'part', 'random_rows', 'reservoir', 'centred', 'assign', 'kmeans', 'means',
+           'Beside', 'Joint', 'part', 'random_rows', 'reservoir', 'Centred', 'centred', 'assign', 'means', 'kmeans',
            'nearest_members', 'kmeans_buffer', 'choose_rows', 'write_provenance', 'read_provenance', 'write_buffer',
            'stage_cases']
 
@@ -289,24 +289,29 @@ def reservoir(
     return np.sort(slots)
 
 # %% ../../nbs/19_data.stages.ipynb #3cddedb5
+class Centred:
+    "Rows of `(N, D)` features about their mean, read when they are asked for: float32."
+    def __init__(self, features, mean): self.features,self.mean,self.shape,self.dtype = features,mean,features.shape,np.dtype(np.float32)
+    def __len__(self): return self.shape[0]
+    def __getitem__(self, i): return (np.asarray(self.features[i], np.float64) - self.mean).astype(np.float32)
+
 def centred(
     features,   # `(N, D)`, any array, also one on disk
-    block:int=8192,
-)->np.ndarray:  # `(N, D)`; float64 up to 20 000 cases, float32 above
-    "Features about their mean, taken in pieces."
+    block:int=2048,
+    whole:int=5_000,
+):              # up to `whole` cases `(N, D)` float64, above `Centred`
+    "Features about their mean."
     if getattr(features, 'ndim', 0) != 2 or len(features) < 1: raise UserError(f'features of shape {tuple(getattr(features, "shape", ()))}', '(N, D)')
     N,D = features.shape; mean = sum(np.asarray(features[i:i+block], np.float64).sum(0) for i in range(0, N, block))/N
     if not np.isfinite(mean).all():
         i = next(i for i in range(N) if not np.isfinite(np.asarray(features[i], np.float64)).all())
         raise UserError(f'the features of case {i} are not finite', 'numbers', 'look at that case and at the encoder')
-    out = np.empty((N, D), np.float64 if N <= 20_000 else np.float32)
-    for i in range(0, N, block): out[i:i+block] = np.asarray(features[i:i+block], np.float64) - mean
-    return out
+    return np.asarray(features, np.float64) - mean if N <= whole else Centred(features, mean)
 
 def assign(
-    x,          # `(N, D)`
+    x,          # `(N, D)`, an array or `Centred`
     centres,    # `(C, D)`
-    block:int=4096,
+    block:int=2048,
 )->tuple:       # nearest centre `(N,)`, distance to it `(N,)`
     "Who belongs where."
     c = np.asarray(centres, x.dtype); half = (c*c).sum(1)/2
@@ -316,32 +321,41 @@ def assign(
         dist[i:i+block] = np.sqrt(((v - c[k]).astype(np.float64)**2).sum(1))
     return label,dist
 
-def kmeans(
-    x,               # `(N, D)`
-    clusters:int,
-    seed:int=0,
-    sample:int=0,    # learn on so many cases by chance, then move the centres to all their members; 0 learns on all
-    rounds:int=3,    # such moves
-)->np.ndarray:       # `(C, D)` centres
-    "Centres by Lloyd's iteration from a k-means++ start."
-    import warnings
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
-    on = x[random_rows(len(x), sample, seed)] if 0 < sample < len(x) else x
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', ConvergenceWarning)      # fewer distinct cases than centres: `kmeans_buffer` counts them
-        c = KMeans(clusters, n_init=1, random_state=seed_of(seed, 'kmeans') % 2**32).fit(on).cluster_centers_
-    for _ in range(rounds if on is not x else 0): c = means(x, assign(x, c)[0], c)
-    return c
-
+# %% ../../nbs/19_data.stages.ipynb #b2f3c8d1
 def means(
     x, label,   # `(N, D)`; cluster of each `(N,)`
     centres,    # `(C, D)`: stay where a cluster has no member
+    block:int=2048,
 )->np.ndarray:  # `(C, D)`
     "Each centre in the middle of its members."
-    order = np.argsort(label, kind='stable'); who,first = np.unique(label[order], return_index=True); out = np.array(centres)
-    for k,i in zip(who, np.split(order, first[1:])): out[k] = x[i].mean(0, dtype=np.float64)
-    return out
+    C = len(centres); total,n,out = np.zeros(np.shape(centres)),np.bincount(label, minlength=C)[:,None],np.array(centres, np.float64)
+    for i in range(0, len(x), block):
+        order = np.argsort(label[i:i+block], kind='stable'); who,first = np.unique(label[i:i+block][order], return_index=True)
+        total[who] += np.add.reduceat(np.asarray(x[i:i+block][order], np.float64), first, axis=0)
+    return np.divide(total, n, out=out, where=n > 0)
+
+def kmeans(
+    x,               # `(N, D)`: an array, or `Centred`, which is gone through in pieces
+    clusters:int,
+    seed:int=0,
+    rounds:int=100,  # in pieces: at most so many times through all cases
+    tol:float=1e-4,  # in pieces: enough when all centres together move by less, squared, as a share of the mean variance (scikit-learn's rule)
+)->np.ndarray:       # `(C, D)` centres
+    "Centres by Lloyd's iteration from a k-means++ start."
+    import warnings
+    from sklearn.cluster import KMeans, kmeans_plusplus
+    from sklearn.exceptions import ConvergenceWarning
+    state = seed_of(seed, 'kmeans') % 2**32
+    if not isinstance(x, Centred):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', ConvergenceWarning)      # fewer distinct cases than centres: `kmeans_buffer` counts them
+            return KMeans(clusters, n_init=1, random_state=state).fit(x).cluster_centers_
+    rows = random_rows(len(x), min(10*clusters, len(x)), seed); some = np.concatenate([x[rows[i:i+2048]] for i in range(0, len(rows), 2048)])
+    c,enough,label = kmeans_plusplus(some, clusters, random_state=state)[0].astype(np.float64),tol*float(some.var(0).mean()),None
+    for _ in range(rounds):
+        was,label = label,assign(x, c)[0]; new = means(x, label, c); moved = float(((new - c)**2).sum()); c = new
+        if moved <= enough or was is not None and (was == label).all(): break
+    return c
 
 # %% ../../nbs/19_data.stages.ipynb #f3c53e94
 def nearest_members(
@@ -360,19 +374,18 @@ def kmeans_buffer(
     centres=1,         # clusters, in per cent of the cases
     seed:int=0,
     fill:bool=False,   # where small clusters left the buffer short: add the cases nearest to their centres
-    whole:int=50_000,  # learn centres on all cases up to so many, above on 50 a centre
+    whole:int=5_000,  # more cases than so many are never in memory together
 )->tuple:              # row numbers in order, facts for the provenance
     "MedCoSS's choice: of each cluster the cases next to its centre (medcoss.md, 6.2)."
-    x = centred(features); N = len(x); C = max(part(N, centres), 1)
+    x = centred(features, whole=whole); N = len(x); C = max(part(N, centres), 1)
     each = int(N*Fraction(str(percent))/100/C)
     if each < 1: raise UserError(f'{percent} % of {N} case(s) in {C} cluster(s)', 'at least one case a cluster', 'keep more, or use fewer centres')
-    sample = min(50*C, N) if N > whole else N
-    label,dist = assign(x, kmeans(x, C, seed, sample))
+    label,dist = assign(x, kmeans(x, C, seed))
     rows = nearest_members(label, dist, each); short = C*each - len(rows)
     if fill and short:
         rest = np.setdiff1d(np.arange(N), rows)
         rows = np.concatenate([rows, rest[np.lexsort((rest, dist[rest]))][:short]])
-    return np.sort(rows), dict(clusters=C, used=len(np.unique(label)), each=each, percent=float(percent), centres=float(centres), seed=seed, learnt_on=sample, short=C*each - len(rows), filled=short if fill else 0)
+    return np.sort(rows), dict(clusters=C, used=len(np.unique(label)), each=each, percent=float(percent), centres=float(centres), seed=seed, short=C*each - len(rows), filled=short if fill else 0)
 
 # %% ../../nbs/19_data.stages.ipynb #150a632e
 RULES = ('random', 'reservoir', 'kmeans')

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from ..config import read_yaml, save_yaml, to_dict
-from ..core import UserError, atomic, die_with_parent, disk_errors, generator, read_json, read_jsonl, seed_of, sweep, write_json, write_jsonl
+from ..core import UserError, atomic, choose, die_with_parent, disk_errors, generator, read_json, read_jsonl, seed_of, sweep, write_json, write_jsonl
 from ..data.cases import Cases, Prepared, class_list, check_disjoint, collate, split_by_subject
 from .metrics import auc, balanced_accuracy, bootstrap, crossed_interval, dice, macro_auc, paired_test, segment_scores
 from ..losses.segment import class_weights
@@ -699,17 +699,19 @@ CELLS = dict(finetune=run_cell, probe=probe_cell)
 def compare(
     cfg:CompareConfig,
     kind:str,        # of cell: 'finetune' or 'probe'
+    only:tuple=(),   # these arms alone, without twins and table: for whoever compares encoders with each other
 )->dict:             # out (the table), rows, table, cells, subsets (rows, where asked for), bench
     "All cells of a comparison, then its table."
     if cfg.out is None: raise UserError('no place to write', '--out results/NAME')
     bench = resolve(cfg); cfg = bench.cfg
+    for a in only: choose(a, bench.arms, 'arm')
     if kind == 'finetune' and len(cfg.lr)*len(cfg.freeze) > 1 and not bench.parts['val']: raise UserError('several settings to choose from and no validation patients', 'a --val share')
     if kind == 'finetune' and cfg.eval_every and not bench.parts['val']: raise UserError('learning curves without validation patients', 'a --val share, or --eval-every 0')
     with disk_errors(cfg.out, 'the comparison', todo='make room or choose another --out; finished cells are kept, the same command continues'), run_lock(cfg.out):
         sweep(cfg.out, deep=True)                                     # left by a kill
-        return _all_cells(bench, kind)
+        return _all_cells(bench, kind, only)
 
-def _all_cells(bench:Bench, kind:str)->dict:
+def _all_cells(bench:Bench, kind:str, only:tuple=())->dict:
     "Cells, then the table; the folder is ours."
     from tqdm import tqdm
     cfg = bench.cfg
@@ -717,7 +719,7 @@ def _all_cells(bench:Bench, kind:str)->dict:
     seen = saw_test(bench)
     note = f'Pre-trained on images (not labels) of these test patients: {", ".join(seen)}.' if seen else ''
     if seen: print('note: ' + note)
-    jobs = [(a, b, s) for s in cfg.seeds for b in cfg.budgets for a in bench.arms]
+    jobs = [(a, b, s) for s in cfg.seeds for b in cfg.budgets for a in only or bench.arms]
     with tqdm(total=len(jobs), desc=kind, unit='cell', disable=not cfg.bar) as bar:
         if cfg.jobs > 1:
             import multiprocessing as mp
@@ -732,6 +734,7 @@ def _all_cells(bench:Bench, kind:str)->dict:
             for j in jobs: CELLS[kind](bench, *j); bar.update(1)
     cells = [read_json(cell_dir(cfg.out, *j)/'result.json') for j in jobs]
     rows = [r for j in jobs for r in read_jsonl(cell_dir(cfg.out, *j)/'rows.jsonl')]
+    if only: return dict(rows=rows, cells=cells, bench=bench)
     table = summarise(rows, bench.arms, cfg.kind)
     out = Path(cfg.out)
     every = [r for j in jobs for r in read_jsonl(cell_dir(cfg.out, *j)/'subsets.jsonl')] if getattr(cfg, 'subsets', False) else None
@@ -747,9 +750,9 @@ def finetune(cfg:FinetuneConfig)->dict:
     "Encoders against their scratch twins, with few labels: rows and a table."
     return compare(cfg, 'finetune')
 
-def probe(cfg:ProbeConfig)->dict:
+def probe(cfg:ProbeConfig, only:tuple=())->dict:
     "Frozen encoders against frozen random ones: rows and a table."
-    return compare(cfg.as_finetune(), 'finetune') if cfg.kind == 'segment' else compare(cfg, 'probe')
+    return compare(cfg.as_finetune(), 'finetune', only) if cfg.kind == 'segment' else compare(cfg, 'probe', only)
 
 def histories(out, budget:int, seed:int=0)->dict:
     "Learning curves of a budget and seed: arm -> history rows of the chosen run."

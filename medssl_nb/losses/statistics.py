@@ -427,6 +427,8 @@ def calibrate(
     progress=None,      # called with the number of each step
 )->Statistics:
     "One pass over the images, after training: what an inversion needs to know."
+    for k,v in dict(batch=batch, limit=limit).items():
+        if v is not None and v < 1: raise UserError(f'{k} is {v}', 'at least 1, or None')
     d = _dist(); rank,world = (d.get_rank(),d.get_world_size()) if d else (0, 1)
     n = len(cases) if hasattr(cases, '__len__') else None; steps = n
     sized = hasattr(cases, 'loader') or isinstance(cases, Cases)

@@ -159,6 +159,7 @@ def show_images(
     columns:int=8,
     size:float=1.1,   # inches
     vrange=None,      # one grey range for all
+    names=None,       # one per row
 ):                    # `Figure`
     "2-D images on a grid, one grey scale."
     xs = [to_numpy(x) for x in xs]
@@ -166,12 +167,14 @@ def show_images(
     k = min(columns, len(xs))
     from matplotlib.figure import Figure
     n = -(-len(xs)//k)
-    fig = Figure(figsize=(k*size, n*size*(1.18 if titles else 1)), layout='constrained')
+    if names and len(names) != n: raise UserError(f'{len(names)} names', f'{n}, one for each row of {k}')
+    fig = Figure(figsize=(k*size + (.2 if names else 0), n*size*(1.18 if titles else 1)), layout='constrained')
     fig.get_layout_engine().set(w_pad=.01, h_pad=.01, wspace=.01, hspace=.01)
     grey = [x for x in xs if x.ndim == 2]
     lo,hi = vrange or (grey_range(*grey) if grey else (0,1))
     for i,ax in enumerate(fig.subplots(n, k, squeeze=False).ravel()):
-        ax.axis('off')
+        ax.set(xticks=[], yticks=[], frame_on=False)
+        if names and i % k == 0: ax.set_ylabel(names[i//k], fontsize=7)
         if i < len(xs):
             ax.imshow(xs[i] if xs[i].ndim == 2 else xs[i].clip(0,1), cmap='gray', vmin=lo, vmax=hi, interpolation='nearest')
             if titles: ax.set_title(titles[i], fontsize=7, pad=2)

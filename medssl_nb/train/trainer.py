@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SKIPS', 'RESERVED', 'FREE', 'PLACES', 'RESUME', 'FOLDERS', 'TrainConfig', 'check_config', 'peak_rate', 'RowAdamW',
-           'make_optimizer', 'device_of', 'slurm', 'torchrun_there', 'make_fabric', 'sharded', 'shard', 'whole',
-           'divided', 'NonFinite', 'Trainer', 'dump_step', 'replay', 'History', 'run_lock', 'Stopped', 'Stopper',
-           'out_of_memory', 'trouble', 'differing', 'restore', 'case_loader', 'scalar_log', 'train', 'progress',
-           'save_run', 'loop']
+           'make_optimizer', 'device_of', 'slurm', 'torchrun_there', 'leave_group', 'make_fabric', 'sharded', 'shard',
+           'whole', 'divided', 'NonFinite', 'Trainer', 'dump_step', 'replay', 'History', 'run_lock', 'Stopped',
+           'Stopper', 'out_of_memory', 'trouble', 'differing', 'restore', 'case_loader', 'scalar_log', 'train',
+           'progress', 'save_run', 'loop']
 
 # %% ../../nbs/52_train.trainer.ipynb #4ab88f48
+import atexit
 import copy
 import errno
 import json
@@ -171,6 +172,11 @@ def torchrun_there(tries:int=5):
             if not left: raise UserError(f'torchrun does not answer at port {env["MASTER_PORT"]} ({e.strerror or e})', 'a torchrun that runs', 'it has ended, or a firewall stands between the nodes; start it again') from None
             time.sleep(1)
 
+def leave_group():
+    "Leave the group of processes, at exit. Fabric does it for NCCL only; gloo's threads, left alone, now and then abort a process whose work is done."
+    import torch.distributed as dist
+    if dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
+
 def make_fabric(
     cfg:TrainConfig,
 ):                   # a launched `lightning.fabric.Fabric`; the settings with devices and nodes as they really are
@@ -193,6 +199,7 @@ def make_fabric(
     strategy = 'auto' if world == 1 else sharded(world) if cfg.strategy == 'fsdp' else 'ddp'
     fabric = Fabric(accelerator=kind, devices=devices, num_nodes=cfg.nodes, precision=cfg.precision, strategy=strategy)
     fabric.launch()
+    if world > 1: atexit.unregister(leave_group); atexit.register(leave_group)
     return fabric,cfg
 
 # %% ../../nbs/52_train.trainer.ipynb #50e0156a
