@@ -226,6 +226,39 @@ def net_pairs(part):
     return out
 
 
+def net_areas(mine, pairs):
+    "As `net_pairs`, for decisions: AUCs of four arms, resampled together over seeds and people."
+    import numpy as np
+
+    from medssl_nb.eval.metrics import bootstrap
+    from medssl_nb.eval.missing import _stack, area_of, levels
+
+    out = []
+    for p in pairs:
+        a, b = p["a"], p["b"]
+        if a not in TWIN or b not in TWIN or TWIN[a] == TWIN[b]:
+            continue
+        signs = {a: 1, TWIN[a]: -1, b: -1, TWIN[b]: 1}
+        P, T, who, seeds = {}, *_stack(mine[a])[1:]
+        for arm in signs:
+            P[arm], *rest = _stack(mine[arm])
+            assert (rest[0] == T).all() and rest[1:] == [who, seeds], (arm, "the same people and seeds in every arm")
+        names = {n: [*dict.fromkeys(r["subset"] for r in rs)] for n, rs in levels(mine[a])}
+        area = {(arm, n, k): area_of(T, P[arm][n][k]) for arm in signs for n in P[arm] for k in range(len(seeds))}
+
+        def gain(level):
+            def f(s, c):
+                w = np.bincount(c, minlength=len(T))
+                return float(sum(g * np.mean([area[arm, n, k](w) for n in names[level] for k in s]) for arm, g in signs.items()))
+
+            return f
+
+        full, fewer = gain(max(n for n in names if n != "fewer")), gain("fewer")
+        boot = lambda f: [(q := bootstrap(f, who, len(seeds), DRAWS))["mean"], q["low"], q["high"]]
+        out.append(dict(a=a, b=b, full=boot(full), fewer=boot(fewer), drop=boot(lambda s, c: fewer(s, c) - full(s, c))))
+    return out
+
+
 def span(v):
     return "" if v is None else f"{v[0]:+.3f}" + ("" if v[1] is None else f" [{v[1]:+.3f}, {v[2]:+.3f}]")
 
@@ -273,25 +306,32 @@ def markdown(facts):
 
 
 def write_tables(facts, results):
-    "The JSON, and the page with its verdict."
+    "The JSON, the page with its verdict, and the picture."
+    from matplotlib.figure import Figure
+
+    from medssl_nb.plot.volume import png
+
     for d in facts["parts"].values():
-        d["net"] = net_pairs(d)
+        if d["scores"]:  # of decisions there are none in the JSON: theirs was made from the rows
+            d["net"] = net_pairs(d)
     write_json(results / "heads_missing.json", facts)
     note = HERE / "heads_missing_verdict.md"  # written by a person who read the tables
     (results / "heads_missing.md").write_text("\n".join([(note.read_text() if note.exists() else ""), "![score and drop](heads_missing.png)", "", *markdown(facts)]) + "\n")
+    fig = Figure(figsize=(11, 2.9 * len(facts["parts"])), dpi=70, layout="constrained")
+    for sub, (part, d) in zip(fig.subfigures(len(facts["parts"]), 1, squeeze=False)[:, 0], facts["parts"].items()):
+        kind, regime = part.rsplit("_", 1)
+        draw(sub, d["tables"]["count"], FORMS[kind], f"{NAMES[kind]}, {SHOWN[regime]}")
+    (results / "heads_missing.png").write_bytes(png(fig, dpi=70))
 
 
 def report(plan, out, results):
     "results/heads_missing.{json,md,png} and results/brainmvp_ablation.{json,md} from what is finished."
     from types import SimpleNamespace
 
-    from matplotlib.figure import Figure
-
     from medssl_nb.eval.missing import decision_lines, outline_lines, subset_tables
-    from medssl_nb.plot.volume import png
 
     arms = {a: SimpleNamespace(twin=a) for a in (*INPUT, "scratch01_t")} | {a: SimpleNamespace(twin=TWIN[a]) for a in TWIN}
-    facts, pictures = dict(plan=vars(plan), parts={}), []
+    facts = dict(plan=vars(plan), parts={})
     for kind, form in FORMS.items():
         lines_of = outline_lines if form == "segment" else decision_lines
         for regime in REGIMES:
@@ -311,8 +351,7 @@ def report(plan, out, results):
             for r in rows if kind == "segment" else ():
                 compact.setdefault(r["arm"], {}).setdefault(str(r["seed"]), {}).setdefault(r["subset"], []).append(round(r[say] if kind == "segment" else r[say][1], 3))
             truth = [r["target"] for r in rows if r["arm"] == "scratch" and r["seed"] == done[0] and r["n"] == len(plan.sequences)] if form == "classify" else None
-            facts["parts"][f"{kind}_{regime}"] = dict(seeds=done, tables=tables, pairs=pairs, scores=compact, truth=truth)
-            pictures.append((tables["count"], form, f"{NAMES[kind]}, {SHOWN[regime]}"))
+            facts["parts"][f"{kind}_{regime}"] = dict(seeds=done, tables=tables, pairs=pairs, scores=compact, truth=truth, net=net_areas(mine, pairs) if kind == "probe" else [])
     # does training with gaps pay?
     gain = []
     for kind, form in (("segment", "segment"),):
@@ -333,12 +372,11 @@ def report(plan, out, results):
                 facts["pretraining"][f"{name}_s{s}"] = dict(steps=len(rows), first={k: round(rows[0][k], 4) for k in terms if k in rows[0]}, last={k: round(sum(r[k] for r in rows[-5:]) / 5, 4) for k in terms})
     results.mkdir(exist_ok=True)
     write_tables(facts, results)
-    fig = Figure(figsize=(11, 2.9 * len(pictures)), dpi=70, layout="constrained")
-    for sub, (count, kind, title) in zip(fig.subfigures(len(pictures), 1, squeeze=False)[:, 0], pictures):
-        draw(sub, [l for l in count], kind, title)
-    (results / "heads_missing.png").write_bytes(png(fig, dpi=70))
     ablation(facts, results)
     print(results / "heads_missing.md")
+
+
+COLOURS = {a: f"C{i}" for i, a in enumerate((*ARMS, "brainmvp_t"))} | dict(scratch="0.1", scratch01="0.4", scratchfg="0.6", scratch01_t="0.75")  # of an arm, the same in every part
 
 
 def draw(fig, count, kind, title):
@@ -350,11 +388,11 @@ def draw(fig, count, kind, title):
     for ax, key, label in zip(axes, ("score", "drop"), (dict(segment="Dice", classify="AUC")[kind], "drop from all")):
         for i, arm in enumerate(arms):
             ls = [l for l in count if l["arm"] == arm and l["n"] != "fewer" and l.get(key)]
-            x = np.array([l["n"] for l in ls]) + (i - (len(arms) - 1) / 2) * 0.07
-            ax.plot(x, [l[key][0] for l in ls], marker="o", ms=3, lw=1, color=f"C{i}", label=arm, ls="--" if arm.startswith("scratch") else "-")
+            x = np.array([l["n"] for l in ls]) + (i - (len(arms) - 1) / 2) * 0.6 / len(arms)
+            ax.plot(x, [l[key][0] for l in ls], marker="o", ms=3, lw=1, color=COLOURS[arm], label=arm, ls="--" if arm.startswith("scratch") else "-")
             for a, l in zip(x, ls):
                 if l[key][1] is not None:
-                    ax.plot([a, a], l[key][1:3], "-", lw=0.7, color=f"C{i}", alpha=0.4)
+                    ax.plot([a, a], l[key][1:3], "-", lw=0.7, color=COLOURS[arm], alpha=0.4)
         ax.set_xticks(range(1, 5))
         ax.invert_xaxis()
         ax.set(xlabel="sequences present", ylabel=label)
