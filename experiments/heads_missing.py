@@ -97,16 +97,18 @@ def pretrain_arm(plan, out, name, seed):
 
 BASE = ("rec", "mae", "pcrlv2", "brainmvp", "taco")  # the ablation of BrainMVP is judged with gaps alone
 REGIMES = {"gaps": (1.0, tuple(ARMS)), "whole": (0.0, BASE)}  # share of training cases that lose sequences, and the arms
+FILLED = {"brainmvp": "brainmvp_t", "scratch": "scratch01_t"}  # a third regime, of outlines: as `gaps`, with BrainMVP's templates for what is absent and as the second disguise of a case; the same templates for a fresh network
 
 
 def finetune_regime(plan, out, kind, regime, seed):
     "One comparison with one seed, through the command's own function; what is finished is read."
     from medssl_nb.eval.transfer import FinetuneConfig, finetune
 
-    replace, arms = REGIMES[regime]
+    replace, arms = REGIMES.get(regime, (1.0, ("brainmvp",)))
+    filled = dict(missing="template", templates=out / "runs" / f"brainmvp_s{seed}" / "templates") if regime == "filled" else dict(missing="zero")
     seg = kind == "segment"
     c = FinetuneConfig(
-        data=out / "prepared", out=out / f"{kind}_{regime}_s{seed}", arms={a: str(out / "runs" / f"{a}_s{seed}") for a in arms}, kind=kind, missing="zero", replace=replace, subsets=True, seeds=(seed,),
+        data=out / "prepared", out=out / f"{kind}_{regime}_s{seed}", arms={a: str(out / "runs" / f"{a}_s{seed}") for a in arms}, kind=kind, **filled, replace=replace, subsets=True, seeds=(seed,),
         group=("lesion",) if seg else (), regions=((1, 2, 3),) if seg else (), target="finding", budgets=(plan.seg_labels if seg else plan.cls_labels,), steps=plan.seg_steps if seg else plan.cls_steps,
         batch=plan.seg_batch if seg else plan.cls_batch, lr=(plan.tune_lr,), warmup=5, val=0.0, predictions=0, precision="bf16-mixed", device="cpu", bar=False,
     )
@@ -116,9 +118,12 @@ def finetune_regime(plan, out, kind, regime, seed):
     return got["subsets"]
 
 
+INPUT = dict(scratch="zscore", scratch01="none", scratchfg="foreground")  # of the twins: MAE's and PCRLv2's, BrainMVP's, TACO's
+
+
 def late_probe(plan, out, seed):
     """The late-fusion probe of the TACO specification, section 6: every sequence through the frozen encoder by itself, pooled, the mean over what is there, a linear head. A missing sequence is left out of the mean.
-    `whole`: the head learns from the mean over all; `gaps`: from the means over all subsets. Beside the encoders two random ones, one for each kind of input."""
+    `whole`: the head learns from the mean over all; `gaps`: from the means over all subsets. Beside the encoders random ones, one for each kind of input."""
     import numpy as np
     from sklearn.linear_model import LogisticRegression
 
@@ -141,12 +146,12 @@ def late_probe(plan, out, seed):
     names = ["+".join(s) for s in subsets(plan.sequences)]
     cells = {k: [] for k in REGIMES}
     first = load_encoder(out / "runs" / f"rec_s{seed}")[0].spec()
-    for name in ("scratch", "scratch01", *ARMS):
+    for name in (*INPUT, *ARMS):
         if name in ARMS:
             enc, card = load_encoder(out / "runs" / f"{name}_s{seed}")
             norm = card["input"]
         else:
-            enc, norm = fresh(first, seed), "none" if name == "scratch01" else "zscore"
+            enc, norm = fresh(first, seed), INPUT[name]
         pool = {}
         with evaluating(enc):
             for c, v in x.items():  # (sequences, features of all levels)
@@ -168,12 +173,21 @@ def late_probe(plan, out, seed):
 # what is claimed, as pairs of arms
 DRAWS = 100  # of the bootstrap of an AUC
 FORMS = dict(segment="segment", classify="classify", probe="classify")
-PAIRS = (("brainmvp", "mae"), ("brainmvp", "pcrlv2"), ("brainmvp", "rec"), ("cmr_md", "cmr"), ("brainmvp", "cmr_md"), ("taco", "rec"), ("taco", "mae"), ("taco", "brainmvp"), ("taco", "pcrlv2"))
-TWIN = {a: "scratch01" if ARMS[a][0] == "brainmvp" else "scratch" for a in ARMS}  # of the same input: BrainMVP's is in [0, 1], the others' is z-scored
+PAIRS = (("brainmvp_t", "brainmvp"), ("scratch01_t", "scratch01"), ("brainmvp_t", "mae"), ("brainmvp_t", "pcrlv2"), ("brainmvp", "mae"), ("brainmvp", "pcrlv2"), ("brainmvp", "rec"), ("cmr_md", "cmr"), ("brainmvp", "cmr_md"), ("taco", "rec"), ("taco", "mae"), ("taco", "brainmvp"), ("taco", "pcrlv2"))
+TWIN = {a: {"brainmvp": "scratch01", "taco": "scratchfg"}.get(ARMS[a][0], "scratch") for a in ARMS} | {"brainmvp_t": "scratch01_t"}  # of the same input
+
+
+def twins(arms):
+    "What the command calls the twins (the first one `scratch`, another one after the first arm with its input), and what they are called here."
+    first = {}
+    for a in arms:
+        first.setdefault(TWIN[a], a)
+    return {f"scratch-{a}" if i else "scratch": t for i, (t, a) in enumerate(first.items())}
 
 
 def gather(out, kind, regime, seeds):
-    "Rows of the finished seeds; twins under the name of their input."
+    "Rows of the finished seeds; twins under the name of their input. Beside outlines with gaps those with templates, in which both arms have another name."
+    name = FILLED if regime == "filled" else twins(REGIMES[regime][1])
     rows, done = [], []
     for s in seeds:
         d = out / f"{kind}_{regime}_s{s}"
@@ -181,7 +195,9 @@ def gather(out, kind, regime, seeds):
             continue
         done.append(s)
         for r in read_jsonl(d / "subsets.jsonl"):
-            rows.append(dict(r, arm="scratch01" if r["arm"].startswith("scratch-") else r["arm"]))
+            rows.append(dict(r, arm=name.get(r["arm"], r["arm"]) if kind != "probe" else r["arm"]))
+    if (kind, regime) == ("segment", "gaps"):
+        rows += gather(out, kind, "filled", done)[0]
     return rows, done
 
 
@@ -203,10 +219,43 @@ def net_pairs(part):
     out = []
     for p in part["pairs"]:
         a, b = p["a"], p["b"]
-        if a not in ARMS or b not in ARMS or TWIN[a] == TWIN[b] or not part["scores"]:
+        if a not in TWIN or b not in TWIN or TWIN[a] == TWIN[b] or not part["scores"]:
             continue
         at = {l["n"]: l for l in outline_lines(rows_of(part, a, TWIN[a]), rows_of(part, b, TWIN[b]))}
         out.append(dict(a=a, b=b, full=at[max(n for n in at if n != "fewer")]["diff"], fewer=at["fewer"]["diff"], drop=at["fewer"]["drop_diff"]))
+    return out
+
+
+def net_areas(mine, pairs):
+    "As `net_pairs`, for decisions: AUCs of four arms, resampled together over seeds and people."
+    import numpy as np
+
+    from medssl_nb.eval.metrics import bootstrap
+    from medssl_nb.eval.missing import _stack, area_of, levels
+
+    out = []
+    for p in pairs:
+        a, b = p["a"], p["b"]
+        if a not in TWIN or b not in TWIN or TWIN[a] == TWIN[b]:
+            continue
+        signs = {a: 1, TWIN[a]: -1, b: -1, TWIN[b]: 1}
+        P, T, who, seeds = {}, *_stack(mine[a])[1:]
+        for arm in signs:
+            P[arm], *rest = _stack(mine[arm])
+            assert (rest[0] == T).all() and rest[1:] == [who, seeds], (arm, "the same people and seeds in every arm")
+        names = {n: [*dict.fromkeys(r["subset"] for r in rs)] for n, rs in levels(mine[a])}
+        area = {(arm, n, k): area_of(T, P[arm][n][k]) for arm in signs for n in P[arm] for k in range(len(seeds))}
+
+        def gain(level):
+            def f(s, c):
+                w = np.bincount(c, minlength=len(T))
+                return float(sum(g * np.mean([area[arm, n, k](w) for n in names[level] for k in s]) for arm, g in signs.items()))
+
+            return f
+
+        full, fewer = gain(max(n for n in names if n != "fewer")), gain("fewer")
+        boot = lambda f: [(q := bootstrap(f, who, len(seeds), DRAWS))["mean"], q["low"], q["high"]]
+        out.append(dict(a=a, b=b, full=boot(full), fewer=boot(fewer), drop=boot(lambda s, c: fewer(s, c) - full(s, c))))
     return out
 
 
@@ -251,31 +300,38 @@ def markdown(facts):
         lines = lambda pairs: [f"| {p['a']} − {p['b']} | " + " | ".join(span(p[k]) for k in COLUMNS) + " |" for p in pairs]
         text += [f"## {NAMES[kind]}, {SHOWN[regime]}: {len(d['seeds'])} seeds", "", subset_md(d["tables"], FORMS[kind]), head, "|---|---|---|---|", *lines(d["pairs"]), ""]
         if d.get("net"):
-            text += ["BrainMVP and its ablations see [0, 1], the others z-scores. Such pairs once more, each arm measured from the scratch twin with its own input, by seed and person:", "", head.replace("pair", "pair, each minus its twin"), "|---|---|---|---|", *lines(d["net"]), ""]
+            text += ["BrainMVP and its ablations see [0, 1] (`_t`: with templates for what is absent), TACO and reconstruction z-scores over the head, MAE and PCRLv2 z-scores of the whole crop. Pairs of different inputs once more, each arm measured from the scratch twin with its own input, by seed and person:", "", head.replace("pair", "pair, each minus its twin"), "|---|---|---|---|", *lines(d["net"]), ""]
     text += ["## Does it pay to take sequences away in training?", "", "Differences: shown gaps − never shown one.", "", "| | arm | with all [95 %] | with fewer [95 %] | drops [95 %] |", "|---|---|---|---|---|"]
     return text + [f"| {NAMES[g['kind']]} | {g['arm']} | {span(g['full'])} | {span(g['fewer'])} | {span(g['drop'])} |" for g in facts["gain_of_gaps"]]
 
 
 def write_tables(facts, results):
-    "The JSON, and the page with its verdict."
+    "The JSON, the page with its verdict, and the picture."
+    from matplotlib.figure import Figure
+
+    from medssl_nb.plot.volume import png
+
     for d in facts["parts"].values():
-        d["net"] = net_pairs(d)
+        if d["scores"]:  # of decisions there are none in the JSON: theirs was made from the rows
+            d["net"] = net_pairs(d)
     write_json(results / "heads_missing.json", facts)
     note = HERE / "heads_missing_verdict.md"  # written by a person who read the tables
     (results / "heads_missing.md").write_text("\n".join([(note.read_text() if note.exists() else ""), "![score and drop](heads_missing.png)", "", *markdown(facts)]) + "\n")
+    fig = Figure(figsize=(11, 2.9 * len(facts["parts"])), dpi=70, layout="constrained")
+    for sub, (part, d) in zip(fig.subfigures(len(facts["parts"]), 1, squeeze=False)[:, 0], facts["parts"].items()):
+        kind, regime = part.rsplit("_", 1)
+        draw(sub, d["tables"]["count"], FORMS[kind], f"{NAMES[kind]}, {SHOWN[regime]}")
+    (results / "heads_missing.png").write_bytes(png(fig, dpi=70))
 
 
 def report(plan, out, results):
     "results/heads_missing.{json,md,png} and results/brainmvp_ablation.{json,md} from what is finished."
     from types import SimpleNamespace
 
-    from matplotlib.figure import Figure
-
     from medssl_nb.eval.missing import decision_lines, outline_lines, subset_tables
-    from medssl_nb.plot.volume import png
 
-    arms = {a: SimpleNamespace(twin=a) for a in ("scratch", "scratch01")} | {a: SimpleNamespace(twin=TWIN[a]) for a in ARMS}
-    facts, pictures = dict(plan=vars(plan), parts={}), []
+    arms = {a: SimpleNamespace(twin=a) for a in (*INPUT, "scratch01_t")} | {a: SimpleNamespace(twin=TWIN[a]) for a in TWIN}
+    facts = dict(plan=vars(plan), parts={})
     for kind, form in FORMS.items():
         lines_of = outline_lines if form == "segment" else decision_lines
         for regime in REGIMES:
@@ -285,7 +341,7 @@ def report(plan, out, results):
             tables = subset_tables(rows, arms, form, DRAWS)
             mine = {a: [r for r in rows if r["arm"] == a] for a in arms}
             pairs = []
-            for a, b in () if kind == "classify" else (*PAIRS, ("scratch01", "scratch")):
+            for a, b in () if kind == "classify" else (*PAIRS, ("scratch01", "scratch"), ("scratchfg", "scratch")):
                 if mine[a] and mine[b]:
                     at = {l["n"]: l for l in (lines_of(mine[a], mine[b]) if form == "segment" else lines_of(mine[a], mine[b], DRAWS))}
                     top = max(n for n in at if n != "fewer")
@@ -295,8 +351,7 @@ def report(plan, out, results):
             for r in rows if kind == "segment" else ():
                 compact.setdefault(r["arm"], {}).setdefault(str(r["seed"]), {}).setdefault(r["subset"], []).append(round(r[say] if kind == "segment" else r[say][1], 3))
             truth = [r["target"] for r in rows if r["arm"] == "scratch" and r["seed"] == done[0] and r["n"] == len(plan.sequences)] if form == "classify" else None
-            facts["parts"][f"{kind}_{regime}"] = dict(seeds=done, tables=tables, pairs=pairs, scores=compact, truth=truth)
-            pictures.append((tables["count"], form, f"{NAMES[kind]}, {SHOWN[regime]}"))
+            facts["parts"][f"{kind}_{regime}"] = dict(seeds=done, tables=tables, pairs=pairs, scores=compact, truth=truth, net=net_areas(mine, pairs) if kind == "probe" else [])
     # does training with gaps pay?
     gain = []
     for kind, form in (("segment", "segment"),):
@@ -317,12 +372,11 @@ def report(plan, out, results):
                 facts["pretraining"][f"{name}_s{s}"] = dict(steps=len(rows), first={k: round(rows[0][k], 4) for k in terms if k in rows[0]}, last={k: round(sum(r[k] for r in rows[-5:]) / 5, 4) for k in terms})
     results.mkdir(exist_ok=True)
     write_tables(facts, results)
-    fig = Figure(figsize=(11, 2.9 * len(pictures)), dpi=70, layout="constrained")
-    for sub, (count, kind, title) in zip(fig.subfigures(len(pictures), 1, squeeze=False)[:, 0], pictures):
-        draw(sub, [l for l in count], kind, title)
-    (results / "heads_missing.png").write_bytes(png(fig, dpi=70))
     ablation(facts, results)
     print(results / "heads_missing.md")
+
+
+COLOURS = {a: f"C{i}" for i, a in enumerate((*ARMS, "brainmvp_t"))} | dict(scratch="0.1", scratch01="0.4", scratchfg="0.6", scratch01_t="0.75")  # of an arm, the same in every part
 
 
 def draw(fig, count, kind, title):
@@ -334,11 +388,11 @@ def draw(fig, count, kind, title):
     for ax, key, label in zip(axes, ("score", "drop"), (dict(segment="Dice", classify="AUC")[kind], "drop from all")):
         for i, arm in enumerate(arms):
             ls = [l for l in count if l["arm"] == arm and l["n"] != "fewer" and l.get(key)]
-            x = np.array([l["n"] for l in ls]) + (i - (len(arms) - 1) / 2) * 0.07
-            ax.plot(x, [l[key][0] for l in ls], marker="o", ms=3, lw=1, color=f"C{i}", label=arm, ls="--" if arm.startswith("scratch") else "-")
+            x = np.array([l["n"] for l in ls]) + (i - (len(arms) - 1) / 2) * 0.6 / len(arms)
+            ax.plot(x, [l[key][0] for l in ls], marker="o", ms=3, lw=1, color=COLOURS[arm], label=arm, ls="--" if arm.startswith("scratch") else "-")
             for a, l in zip(x, ls):
                 if l[key][1] is not None:
-                    ax.plot([a, a], l[key][1:3], "-", lw=0.7, color=f"C{i}", alpha=0.4)
+                    ax.plot([a, a], l[key][1:3], "-", lw=0.7, color=COLOURS[arm], alpha=0.4)
         ax.set_xticks(range(1, 5))
         ax.invert_xaxis()
         ax.set(xlabel="sequences present", ylabel=label)
@@ -399,6 +453,8 @@ def main():
                     continue
                 for regime in a.regimes:
                     finetune_regime(plan, a.out, kind, regime, s)
+                if kind == "segment" and "gaps" in a.regimes:
+                    finetune_regime(plan, a.out, kind, "filled", s)
     if a.stage in ("report", "all"):
         report(plan, a.out, HERE.parent / "results")
 

@@ -92,13 +92,15 @@ def test_arms_of_different_inputs_are_measured_from_a_twin_each(builder, tmp_pat
     spec.loader.exec_module(m)
     d = read_json(RESULTS / "heads_missing.json")
     part = d["parts"]["segment_gaps"]
-    assert {(p["a"], p["b"]) for p in part["net"]} == {("brainmvp", "mae"), ("brainmvp", "pcrlv2"), ("brainmvp", "rec"), ("taco", "brainmvp")}
+    others = {("brainmvp", "mae"), ("brainmvp", "pcrlv2"), ("brainmvp", "rec"), ("taco", "mae"), ("taco", "brainmvp"), ("taco", "pcrlv2")}  # three inputs: [0, 1], over the head, of the whole crop
+    pairs = lambda k: {(p["a"], p["b"]) for p in d["parts"][k]["net"]}
+    assert pairs("segment_whole") == pairs("probe_gaps") == pairs("probe_whole") == others and pairs("segment_gaps") == others | {("brainmvp_t", "brainmvp"), ("brainmvp_t", "mae"), ("brainmvp_t", "pcrlv2")}
     close = lambda p, q: (p["a"], p["b"]) == (q["a"], q["b"]) and all(p[k] == pytest.approx(q[k], abs=1e-12) for k in ("full", "fewer", "drop"))
     assert all(map(close, part["net"], m.net_pairs(part)))
     by = {n: {(s, k): float(sum(v) / len(v)) for s, x in part["scores"][n].items() for k, v in x.items()} for n in ("brainmvp", "scratch01", "mae", "scratch")}
     whole = "+".join(d["plan"]["sequences"])
-    gain = [by["brainmvp"][s, whole] - by["scratch01"][s, whole] - by["mae"][s, whole] + by["scratch"][s, whole] for s in ("0", "1", "2")]
-    assert part["net"][0]["full"][0] == pytest.approx(sum(gain) / 3, abs=1e-9)  # by hand, of the first pair
+    gain = [by["brainmvp"][s, whole] - by["scratch01"][s, whole] - by["mae"][s, whole] + by["scratch"][s, whole] for s in map(str, range(5))]
+    assert next(p for p in part["net"] if (p["a"], p["b"]) == ("brainmvp", "mae"))["full"][0] == pytest.approx(sum(gain) / 5, abs=1e-9)  # by hand
     for arm in ("brainmvp", "scratch01"):
         for by_subset in part["scores"][arm].values():
             for k, v in by_subset.items():
@@ -109,4 +111,31 @@ def test_arms_of_different_inputs_are_measured_from_a_twin_each(builder, tmp_pat
     before, after = pick(builder.heads(RESULTS)), pick(builder.heads(tmp_path))
     assert len(before) == 4 and all(after[k] == pytest.approx(v, abs=1e-9) for k, v in before.items())
     page = "\n".join(m.markdown(read_json(RESULTS / "heads_missing.json")))
-    assert page.count("| pair, each minus its twin |") == 2 and "10 of 138 intervals" in page and page in (RESULTS / "heads_missing.md").read_text()
+    assert page.count("| pair, each minus its twin |") == 4 and "27 of 219 intervals" in page and page in (RESULTS / "heads_missing.md").read_text()
+
+
+def test_areas_of_arms_of_different_inputs_too():
+    "AUC by hand, four arms at once; the same shift of a pair and its twins cancels; the stored rows are what the stored tables say."
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    import numpy as np
+    from sklearn.metrics import roc_auc_score
+
+    spec = spec_from_file_location("heads_missing", ROOT / "experiments" / "heads_missing.py")
+    m = module_from_spec(spec)
+    spec.loader.exec_module(m)
+    rng, T = np.random.default_rng(0), np.arange(20) % 2
+    P = {(a, s, k): T * 0.3 + rng.random(20) for a in ("brainmvp", "scratch01", "mae", "scratch") for s in (0, 1) for k in ("t1+t2", "t1", "t2")}
+    rows = {a: [dict(arm=a, seed=s, case=f"c{i:02}", subject=f"s{i:02}", subset=k, n=k.count("+") + 1, target=int(T[i]), prob=[1 - v[i], v[i]]) for (b, s, k), v in P.items() if b == a for i in range(20)] for a in ("brainmvp", "scratch01", "mae", "scratch")}
+    (got,) = m.net_areas(rows, [dict(a="brainmvp", b="mae"), dict(a="scratch01", b="scratch"), dict(a="brainmvp", b="cmr")])  # twins are no pair, and arms of one input need none
+    auc = lambda a, ks: np.mean([roc_auc_score(T, P[a, s, k]) for s in (0, 1) for k in ks])
+    gain = lambda ks: auc("brainmvp", ks) - auc("scratch01", ks) - auc("mae", ks) + auc("scratch", ks)
+    assert got["full"][0] == pytest.approx(gain(["t1+t2"]), abs=1e-9) and got["fewer"][0] == pytest.approx(gain(["t1", "t2"]), abs=1e-9)
+    assert got["drop"][0] == pytest.approx(gain(["t1", "t2"]) - gain(["t1+t2"]), abs=1e-9) and got["full"][1] < got["full"][0] < got["full"][2]
+    rows["scratch01"], rows["scratch"] = ([dict(r, arm=b) for r in rows[a]] for a, b in (("brainmvp", "scratch01"), ("mae", "scratch")))
+    assert m.net_areas(rows, [dict(a="brainmvp", b="mae")])[0]["full"] == pytest.approx([0, 0, 0], abs=1e-12)
+    for k in ("probe_gaps", "probe_whole"):
+        p = read_json(RESULTS / "heads_missing.json")["parts"][k]
+        score = {r["arm"]: r["score"][0] for r in p["tables"]["count"] if r["n"] == 4}
+        for q in p["net"]:
+            assert q["full"][0] == pytest.approx(score[q["a"]] - score[m.TWIN[q["a"]]] - score[q["b"]] + score[m.TWIN[q["b"]]], abs=1e-9), (k, q)
