@@ -7,7 +7,7 @@ Every multi-contrast brain of the folder (NIfTI and DICOM) is ingested and prepa
 (method taco, preset small3d, one region holds a whole brain). Nothing is trained for the matching: the feature at a point is searched in the other volume by cosine.
 
 One person. The contrasts are registered, so the truth is the same voxel, and copying the coordinate would be right by construction. So each second volume is moved by an amount that the encoder
-is not told (16 to 27 mm along each axis), and the answers are moved back. Unmoved, it is reported too.
+is not told (15 to 25 mm along each axis), and the answers are moved back. Unmoved, it is reported too.
 Between people. Nobody knows the truth. Two things can be judged: a point of the plane between the hemispheres belongs on the other person's plane, and a point of a lateral ventricle
 in the other person's lateral ventricle, on the same side. Planes are found as the plane of best mirror symmetry, ventricles as dark on FLAIR and on T1 with contrast medium, deep inside and away from lesion labels;
 both are checked on generated heads, where the truth is known (`checks`). Controls: the same coordinate, an encoder without training, reconstruction alone.
@@ -367,7 +367,7 @@ def main():
     ap.add_argument("--data", default="../shared/data/real/brain")
     ap.add_argument("--work", default="runs/taco_real", help="where volumes and runs go; not for the repository")
     ap.add_argument("--seeds", type=int, default=3)
-    ap.add_argument("--steps", type=int, default=60)
+    ap.add_argument("--steps", type=int, default=50)
     ap.add_argument("--figure", help="draw it here (real anatomy) instead of measuring")
     ap.add_argument("--out", default="results/taco_real.json")
     a = ap.parse_args()

@@ -70,7 +70,7 @@ def train_defaults(
     if name == 'brainmvp':  # specification, section 5: 1500 epochs of 3 755 cases, 24 a step
         return TrainConfig(steps=1500*(3755//24), batch=3, accum=8, lr=3e-4, optimizer='adamw', weight_decay=1e-5, sync_batchnorm=True)
     if name == 'taco':  # specification, section 5: 50 000 steps of two people in the Swin form; --train.batch 4 for UniFormer
-        return TrainConfig(steps=50_000, batch=2, lr=3e-4, optimizer='adamw', weight_decay=.1, warmup=500, save_every=1000, health_every=50)
+        return TrainConfig(steps=50_000, batch=2, lr=3e-4, optimizer='adamw', weight_decay=.1, decay='weights', warmup=500, save_every=1000, health_every=50)     # decision 28: norms and biases do not decay; --train.decay all is the published form
     # He et al. 2022: AdamW, betas .9 and .95, weight decay .05, warm-up of 5 %, rate 1.5e-4 for 256 images
     return TrainConfig(steps=100_000, batch=32, lr=1.5e-4, optimizer='adamw', weight_decay=.05, warmup=5000)
 

@@ -236,6 +236,7 @@ def _health(self, out, v):
     if 'z' not in out: return {}
     z = out['z'].flatten(0, 1); z = z[::-(-len(z)//4096)]                                          # at most 4096 tokens, of every volume
     row = dict(rank=effective_rank(z).item(), coding_rate=coding_rate(unit_rows(z[None])[0].T).item())
+    if row['rank'] < 1.5: self.tell(f'TACO: the tokens point in one direction (effective rank {row["rank"]:.1f}): the features may have collapsed. Lower the learning rate, or give reconstruction more weight')
     if self.cfg.w_inter and len(v['pairs12']):
         n = self.inter(out, v)[1]
         row |= {k: n[k].float().mean().item()/self.tokens for k in ('matched','anchors')}
