@@ -341,7 +341,7 @@ def report(plan, out, results):
             tables = subset_tables(rows, arms, form, DRAWS)
             mine = {a: [r for r in rows if r["arm"] == a] for a in arms}
             pairs = []
-            for a, b in () if kind == "classify" else (*PAIRS, ("scratch01", "scratch"), ("scratchfg", "scratch")):
+            for a, b in (*PAIRS, ("scratch01", "scratch"), ("scratchfg", "scratch")):
                 if mine[a] and mine[b]:
                     at = {l["n"]: l for l in (lines_of(mine[a], mine[b]) if form == "segment" else lines_of(mine[a], mine[b], DRAWS))}
                     top = max(n for n in at if n != "fewer")
@@ -351,7 +351,7 @@ def report(plan, out, results):
             for r in rows if kind == "segment" else ():
                 compact.setdefault(r["arm"], {}).setdefault(str(r["seed"]), {}).setdefault(r["subset"], []).append(round(r[say] if kind == "segment" else r[say][1], 3))
             truth = [r["target"] for r in rows if r["arm"] == "scratch" and r["seed"] == done[0] and r["n"] == len(plan.sequences)] if form == "classify" else None
-            facts["parts"][f"{kind}_{regime}"] = dict(seeds=done, tables=tables, pairs=pairs, scores=compact, truth=truth, net=net_areas(mine, pairs) if kind == "probe" else [])
+            facts["parts"][f"{kind}_{regime}"] = dict(seeds=done, tables=tables, pairs=pairs, scores=compact, truth=truth, net=net_areas(mine, pairs) if form == "classify" else [])
     # does training with gaps pay?
     gain = []
     for kind, form in (("segment", "segment"),):

@@ -111,7 +111,7 @@ def test_arms_of_different_inputs_are_measured_from_a_twin_each(builder, tmp_pat
     before, after = pick(builder.heads(RESULTS)), pick(builder.heads(tmp_path))
     assert len(before) == 4 and all(after[k] == pytest.approx(v, abs=1e-9) for k, v in before.items())
     page = "\n".join(m.markdown(read_json(RESULTS / "heads_missing.json")))
-    assert page.count("| pair, each minus its twin |") == 4 and "27 of 219 intervals" in page and page in (RESULTS / "heads_missing.md").read_text()
+    assert page.count("| pair, each minus its twin |") == 6 and "29 of 315 intervals" in page and page in (RESULTS / "heads_missing.md").read_text()
 
 
 def test_areas_of_arms_of_different_inputs_too():
@@ -134,7 +134,7 @@ def test_areas_of_arms_of_different_inputs_too():
     assert got["drop"][0] == pytest.approx(gain(["t1", "t2"]) - gain(["t1+t2"]), abs=1e-9) and got["full"][1] < got["full"][0] < got["full"][2]
     rows["scratch01"], rows["scratch"] = ([dict(r, arm=b) for r in rows[a]] for a, b in (("brainmvp", "scratch01"), ("mae", "scratch")))
     assert m.net_areas(rows, [dict(a="brainmvp", b="mae")])[0]["full"] == pytest.approx([0, 0, 0], abs=1e-12)
-    for k in ("probe_gaps", "probe_whole"):
+    for k in ("probe_gaps", "probe_whole", "classify_gaps", "classify_whole"):
         p = read_json(RESULTS / "heads_missing.json")["parts"][k]
         score = {r["arm"]: r["score"][0] for r in p["tables"]["count"] if r["n"] == 4}
         for q in p["net"]:

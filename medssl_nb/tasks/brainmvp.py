@@ -211,8 +211,8 @@ class Templates(nn.Embedding):
             table = self.raw.index_copy(0, used, torch.stack([minmax(self.raw[k]) for k in used.tolist()])).view_as(self.weight)
         rows = nn.functional.embedding(row[...,0], table, sparse=self.sparse)      # (B, d, h, W)
         x = rows.gather(-1, index[-1].expand(*rows.shape[:-1], size[-1]))
-        if self.form == 'raw': x = inside(x)
         if not x.isfinite().all(): raise UserError(f'a template among {", ".join(self.names)} holds values that are not finite', 'finite numbers', 'take an earlier checkpoint, and a lower learning rate for the templates')
+        if self.form == 'raw': x = inside(x)
         return torch.where(_all(ok), x, x.new_zeros(()))[:,None]
 
 def _all(masks):
@@ -261,10 +261,10 @@ def make_views(
 def warn_small(n:int, temp:float):
     "What contrast can do with n candidates."
     if n >= 8: return
-    if n == 1: warnings.warn('BrainMVP: contrast with one case a step is always 0: with nothing to be told apart from, it teaches nothing. Use a larger batch, several processes, or w_contrast=0')
+    if n == 1: warnings.warn('BrainMVP: contrast with one case in a batch is always 0: with nothing to be told apart from, it teaches nothing, and accumulated batches are not compared with each other. Use a larger batch, several processes, or w_contrast=0')
     else:
         best = math.log(1 + (n-1)*math.exp(-n/((n-1)*temp)))                       # a regular simplex, partners equal
-        warnings.warn(f'BrainMVP: contrast with {n} cases a step can only move between {math.log(n):.3f} (all alike) and {best:.3f} (the best there is) at temperature {temp}; use a larger batch or a lower temperature')
+        warnings.warn(f'BrainMVP: contrast with {n} cases in a batch (accumulated ones are not compared with each other) can only move between {math.log(n):.3f} (all alike) and {best:.3f} (the best there is) at temperature {temp}; use a larger batch or a lower temperature')
 
 # %% ../../nbs/43_tasks.brainmvp.ipynb #cfb6d5a4
 class BrainMVP(Task):
@@ -386,7 +386,8 @@ def save_templates(
     from medssl_nb.data.volume import Grid, write_nifti
     out = Path(out); out.mkdir(parents=True, exist_ok=True)
     x = templates.volumes().cpu().float()
-    if not x.isfinite().all(): raise UserError(f'the template of {templates.names[int((~x.isfinite()).flatten(1).any(1).nonzero()[0])]} is not finite', 'finite numbers', 'take an earlier checkpoint')
+    raw = templates.raw.detach()                       # the image of an infinite number looks like the largest intensity
+    if not raw.isfinite().all(): raise UserError(f'the template of {templates.names[int((~raw.isfinite()).flatten(1).any(1).nonzero()[0])]} is not finite', 'finite numbers', 'take an earlier checkpoint')
     if x.ndim == 3: x = x[:,None]
     if affine is None:
         step = np.array(tuple(spacing)[-3:] if len(spacing) > 2 else (1., *spacing))
