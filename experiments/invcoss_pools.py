@@ -8,7 +8,7 @@ The same on real X-rays, CT and MRI, from the models of `continual_five.py` (res
 
     python experiments/invcoss_pools.py DATA/real runs/real --world real --out runs/pools_real [--report]
 
-Every pool: 75 images, 400 steps of 50 (real: 16, 400 steps of 16; five to ten minutes a pool on one core), from the packet alone (weights, decoder, statistics). Judged beside held-out real images that the network never saw, by the network
+Every pool: 75 images, 400 steps of 50 (real: 16, 400 steps of 16; on one core five to ten minutes a pool of X-rays, twelve to eighteen of MRI, one of free voxels), from the packet alone (weights, decoder, statistics). Judged beside held-out real images that the network never saw, by the network
 that was inverted and by fixed filters that nothing was optimised against. What is finished is read, not made again.
 """
 import argparse

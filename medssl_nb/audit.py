@@ -9,10 +9,10 @@ __all__ = ['SIDE', 'FINE', 'SHARP', 'TILTS', 'GUESSES', 'SURE', 'CONTROLS', 'LIM
            'overlap_ncc', 'aligned', 'blocks', 'retold', 'Templates', 'Places', 'coarse', 'Pyramid', 'first_look',
            'best_guesses', 'surroundings', 'closely', 'likeness', 'ssim', 'ssim_nearest', 'filter_features',
            'encoder_features', 'Site', 'View', 'same_person', 'voxel_view', 'feature_view', 'below', 'nearness',
-           'named', 'permuted', 'share_closer', 'membership', 'attacks', 'make_canaries', 'exposure', 'CanaryConfig',
-           'plant', 'Bench', 'near_checks', 'checks', 'recut', 'disguises', 'smuggle', 'control', 'noticed',
-           'with_status', 'unnoticed', 'in_words', 'histogram', 'audit_pool', 'check_statistics', 'regions', 'OnDisk',
-           'cut_regions', 'sampled', 'read_pool', 'check_memory', 'stage_rows', 'check_members', 'read_site',
+           'named', 'permuted', 'share_closer', 'dealt', 'membership', 'attacks', 'make_canaries', 'exposure',
+           'CanaryConfig', 'plant', 'Bench', 'near_checks', 'checks', 'recut', 'disguises', 'smuggle', 'control',
+           'noticed', 'with_status', 'unnoticed', 'in_words', 'histogram', 'audit_pool', 'check_statistics', 'regions',
+           'OnDisk', 'cut_regions', 'sampled', 'read_pool', 'check_memory', 'stage_rows', 'check_members', 'read_site',
            'html_table', 'html_histogram', 'audit_page', 'AuditConfig', 'network_views', 'check_audit', 'open_pool',
            'images_of', 'packet_task', 'audit', 'in_the_pool', 'suspects']
 
@@ -565,26 +565,35 @@ def share_closer(n:dict, site:Site)->dict:
     return dict(value=k/m, low=float(i.low), high=float(i.high), expected=len(site.people(True))/len(site.people(True) | site.people(False)), p=permuted(n['who'], site)[1])
 
 # %% ../nbs/73_audit.ipynb #f2f4f0cc
+def dealt(s, t, subject, deals:int=1999, seed:int=0)->float:
+    "Chance of as large an AUC if membership had been dealt out to persons at random; exact, whatever the distribution."
+    from scipy.stats import rankdata
+    persons = {}; at = np.array([persons.setdefault((w, bool(k)), len(persons)) for w,k in zip(subject, t)]); lab = np.array([k for _,k in persons])
+    c,R = np.bincount(at),np.bincount(at, rankdata(s)); rng = np.random.default_rng(seed_of(seed, 0, 0, 'dealt'))      # volumes of each person, and their ranks, ties shared
+    def areas(m): n = m@c; return (m@R - n*(n+1)/2)/(n*(len(s)-n))
+    mine,hit = areas(lab),0
+    for i in range(0, deals, 1000): hit += int((areas(rng.permuted(np.tile(lab, (min(1000, deals-i), 1)), axis=1)) >= mine - 1e-12).sum())
+    return (hit + 1)/(deals + 1)
+
 def membership(
     score,              # `(n,)`: larger means "was in training"
     member,             # `(n,)` bool
     subject:list,
-    draws:int=400,
+    draws:int=400,      # of the bootstrap
     seed:int=0,
-)->dict:                # auc with low, high, p (one-sided); tpr at 1 % false positives with tpr_low, tpr_high, tpr_p; rate: the false positives that so few held-out volumes allow
+    deals:int=1999,     # of the permutation test
+)->dict:                # auc with low, high, p (one-sided: chance of as much if membership had been dealt out to persons at random); tpr at 1 % false positives with tpr_low, tpr_high, tpr_p; rate: the false positives that so few held-out volumes allow
     "How well a score tells training patients from held-out ones."
-    from scipy.stats import norm
     s,t = np.asarray(score, float),np.asarray(member, bool)
     def tpr(c):
         if t[c].all() or not t[c].any(): raise UserError('one side only')
         return float((s[c][t[c]] > np.sort(s[c][~t[c]])[-max(1, int(.01*((~t[c]).sum()+1)))]).mean())
     a = bootstrap(lambda _,c: auc(s[c], t[c]), subject, draws=draws, seed=seed); b = bootstrap(lambda _,c: tpr(np.asarray(c)), subject, draws=draws, seed=seed)
-    se = max((a['high'] - a['low'])/3.92, 1e-9)
     best = {}                                                       # a person is found if one of their volumes is
     for w,v,k in zip(subject, s, t): best[w] = max(best.get(w, (-np.inf, k)), (v, k))
     v,k = (np.array(q) for q in zip(*best.values()))
     h = int((~t).sum()); rate = max(1, int(.01*(h+1)))/(h+1)         # the threshold is one of theirs: the largest of 30 is passed by 1 in 31
-    return dict(rate=rate, auc=a['mean'], low=a['low'], high=a['high'], p=float(norm.sf((a['mean'] - .5)/se)), tpr=b['mean'], tpr_low=b['low'], tpr_high=b['high'], tpr_p=below(-v[k], -v[~k])['p'])
+    return dict(rate=rate, auc=a['mean'], low=a['low'], high=a['high'], p=dealt(s, t, subject, deals, seed), tpr=b['mean'], tpr_low=b['low'], tpr_high=b['high'], tpr_p=below(-v[k], -v[~k])['p'])
 
 def attacks(
     d,                  # `(m, n)` distances of the pool to the site, finite
