@@ -565,7 +565,7 @@ def share_closer(n:dict, site:Site)->dict:
     return dict(value=k/m, low=float(i.low), high=float(i.high), expected=len(site.people(True))/len(site.people(True) | site.people(False)), p=permuted(n['who'], site)[1])
 
 # %% ../nbs/73_audit.ipynb #f2f4f0cc
-def dealt(s, t, subject, deals:int=1999, seed:int=0)->float:
+def dealt(s, t, subject, deals:int=4999, seed:int=0)->float:
     "Chance of as large an AUC if membership had been dealt out to persons at random; exact, whatever the distribution."
     from scipy.stats import rankdata
     persons = {}; at = np.array([persons.setdefault((w, bool(k)), len(persons)) for w,k in zip(subject, t)]); lab = np.array([k for _,k in persons])
@@ -581,7 +581,7 @@ def membership(
     subject:list,
     draws:int=400,      # of the bootstrap
     seed:int=0,
-    deals:int=1999,     # of the permutation test
+    deals:int=4999,     # of the permutation test: the least p, 1 in 5 000, must stay below the level shared by all checks
 )->dict:                # auc with low, high, p (one-sided: chance of as much if membership had been dealt out to persons at random); tpr at 1 % false positives with tpr_low, tpr_high, tpr_p; rate: the false positives that so few held-out volumes allow
     "How well a score tells training patients from held-out ones."
     s,t = np.asarray(score, float),np.asarray(member, bool)

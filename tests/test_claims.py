@@ -139,3 +139,28 @@ def test_areas_of_arms_of_different_inputs_too():
         score = {r["arm"]: r["score"][0] for r in p["tables"]["count"] if r["n"] == 4}
         for q in p["net"]:
             assert q["full"][0] == pytest.approx(score[q["a"]] - score[m.TWIN[q["a"]]] - score[q["b"]] + score[m.TWIN[q["b"]]], abs=1e-9), (k, q)
+
+
+def test_rates_of_the_audit_are_counted_right(tmp_path):
+    "Exact intervals by scipy; a patient is his own nearest in every order; the committed page is what the committed numbers say, and the verdict's counts are in them."
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    from scipy.stats import binomtest
+
+    spec = spec_from_file_location("audit_rates", ROOT / "experiments" / "audit_rates.py")
+    m = module_from_spec(spec)
+    spec.loader.exec_module(m)
+    for hits, of in ((0, 12), (3, 40), (12, 12)):
+        want = binomtest(hits, of).proportion_ci(method="exact")
+        got = m.share(hits, of)
+        assert (got["low"], got["high"]) == (pytest.approx(want.low), pytest.approx(want.high))
+    (train, held, fresh, more), _ = m.people("lattice", 3)
+    assert len({v.numpy().tobytes() for x in (train, held, fresh, more) for v in x}) == 2 * m.N + 2 * m.POOL  # nobody is there twice
+    assert m.candidates(train[5:8], train, 1.0) == {k: [0, 0, 0] for k in ("correlation", "filters", "pixels")}
+    others = m.candidates(fresh[:6], train, 1.0)
+    assert all(0 <= r < m.N for v in others.values() for r in v) and any(r > 0 for r in others["filters"])
+    d = read_json(RESULTS / "audit_rates.json")
+    page = (RESULTS / "audit_rates.md").read_text()
+    assert m.in_words(d).replace("# How often the privacy audit alarms\n", "", 1) in page
+    honest = [r for r in d["rates"] if r["pool"] in m.HONEST]
+    assert f"{sum(r['hits'] for r in honest)} of {sum(r['of'] for r in honest)} pools without a copy" in page

@@ -386,8 +386,8 @@ def save_templates(
     from medssl_nb.data.volume import Grid, write_nifti
     out = Path(out); out.mkdir(parents=True, exist_ok=True)
     x = templates.volumes().cpu().float()
-    raw = templates.raw.detach()                       # the image of an infinite number looks like the largest intensity
-    if not raw.isfinite().all(): raise UserError(f'the template of {templates.names[int((~raw.isfinite()).flatten(1).any(1).nonzero()[0])]} is not finite', 'finite numbers', 'take an earlier checkpoint')
+    ok = (x.isfinite() & templates.raw.detach().cpu().isfinite()).flatten(1).all(1)      # the image of an infinite number looks like the largest intensity
+    if not ok.all(): raise UserError(f'the template of {templates.names[int((~ok).nonzero()[0])]} is not finite', 'finite numbers', 'take an earlier checkpoint')
     if x.ndim == 3: x = x[:,None]
     if affine is None:
         step = np.array(tuple(spacing)[-3:] if len(spacing) > 2 else (1., *spacing))
