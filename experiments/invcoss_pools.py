@@ -9,7 +9,7 @@ The same on real X-rays, CT and MRI, from the models of `continual_five.py` (res
     python experiments/invcoss_pools.py DATA/real runs/real --world real --out runs/pools_real [--report]
 
 Every pool: 75 images, 400 steps of 50 (real: 16, 400 steps of 16; on one core five to ten minutes a pool of X-rays, twelve to eighteen of MRI, one of free voxels), from the packet alone (weights, decoder, statistics). Judged beside held-out real images that the network never saw, by the network
-that was inverted and by fixed filters that nothing was optimised against. What is finished is read, not made again.
+that was inverted and by fixed filters that nothing was optimised against. What is finished is read, not made again; a report keeps the rows of the last one for pools that are not in --out, if the settings are the same.
 """
 import argparse
 import json
@@ -23,7 +23,7 @@ from continual_five import INVERT as FIVE
 from continual_small import INVERT
 from medssl_nb.audit import Bench, Site, audit_pool, filter_features
 from medssl_nb.continual import StageConfig, StageData, region_of
-from medssl_nb.core import read_json, write_json
+from medssl_nb.core import UserError, read_json, write_json
 from medssl_nb.data.cases import read_batch
 from medssl_nb.eval.metrics import mean_interval
 from medssl_nb.eval.pool import pool_report
@@ -110,7 +110,7 @@ def flat(x):
 
 def values(cell):
     "Measures by name: of the pool, and of as many real images against others."
-    return {f"{r['space']}: {r['measure'].removeprefix('in_plane.')}": (r["synthetic"], r["real"]) for r in cell["report"]["rows"]}  # of slabs: the spectrum in plane
+    return cell["values"] if "values" in cell else {f"{r['space']}: {r['measure'].removeprefix('in_plane.')}": (r["synthetic"], r["real"]) for r in cell["report"]["rows"]}  # of slabs: the spectrum in plane
 
 
 # what is shown, with the side that is better: nearer to the real sample beside it, or less, or more
@@ -224,15 +224,21 @@ def report(a, world):
     "results/NAME.{json,md,png} from what is finished."
     from medssl_nb.plot.volume import png
 
-    cells = {}
+    results = Path(__file__).parent.parent / "results"
+    settings = json.loads(json.dumps(asdict(world.full), default=str))
+    old = read_json(f) if (f := results / f"{world.name}.json").is_file() else dict(settings=settings, cells=[], storage={})
+    if old["settings"] != settings:
+        raise UserError(f"{f.name} is of other settings", f"{old['settings']}", "move it away and make all pools anew; pools of two settings are not put in one table")
+    cells = {(c["stage"], c["seed"], c["pool"]): c for c in old["cells"]}  # of earlier sessions, whose images are nowhere
     for at in a.stages:
         for s in a.seeds:
             for n in POOLS:
                 if (f := a.out / f"{at}_s{s}_{n.replace(' ', '_')}.json").is_file():
                     cells[at, s, n] = read_json(f)
-    results = Path(__file__).parent.parent / "results"
+    cells = {k: cells[k] for k in sorted(cells, key=lambda k: (world.stages.index(k[0]), k[1], POOLS.index(k[2])))}
     text = [line for at in a.stages if any(k[0] == at for k in cells) for line in table(cells, at)]
-    kept = storage(world, a.runs, a.seeds)
+    fresh = storage(world, a.runs, a.seeds)
+    kept = fresh if all(fresh.values()) else old["storage"]  # a run that is not there has no bytes
     against = {k.rsplit(":", 1)[0]: v for k, v in reversed(kept.items()) if "real images" in k or "6 250 slabs" in k}
     text += ["## (e) What travels for replay", "", "| | bytes | the real buffer is so many times larger |", "|---|---:|---:|"]
     text += [f"| {k} | {v:,.0f} | {against[k.rsplit(':', 1)[0]] / v:.3g} |" for k, v in kept.items() if v]
@@ -240,8 +246,12 @@ def report(a, world):
     note = Path(__file__).parent / f"{world.name}_verdict.md"  # written by a person who read the tables
     (results / f"{world.name}.md").write_text("\n".join([note.read_text() if note.exists() else f"# {world.what}\n", f"![pools]({world.name}.png)", "", *text]) + "\n")
     small = [dict(stage=at, seed=s, pool=n, values=values(c), last=c["last"], facts=c["facts"], parameters=c["parameters"], audit=c.get("audit")) for (at, s, n), c in cells.items()]
-    write_json(results / f"{world.name}.json", dict(what=world.what, settings=json.loads(json.dumps(asdict(world.full), default=str)), cells=small, storage=kept))
-    (results / f"{world.name}.png").write_bytes(png(picture(cells, [at for at in a.stages if any(k[0] == at for k in cells)], a.seeds[0], real=a.world == "patterns"), dpi=70))
+    write_json(results / f"{world.name}.json", dict(what=world.what, settings=settings, cells=small, storage=kept))
+    shown = [at for at in a.stages if any(k[0] == at for k in cells)]
+    if all("images" in c for (at, s, _), c in cells.items() if at in shown and s == a.seeds[0]):
+        (results / f"{world.name}.png").write_bytes(png(picture(cells, shown, a.seeds[0], real=a.world == "patterns"), dpi=70))
+    else:
+        print(f"{world.name}.png stays: not all pools of seed {a.seeds[0]} are in {a.out}, and the table keeps no images")
     print(results / f"{world.name}.md")
 
 
