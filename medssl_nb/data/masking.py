@@ -111,10 +111,13 @@ def draw_dropped(
     present:Tensor,   # (B, M) bool
     gen,              # CPU generator
     p:float=1.,       # probability that a case loses any
+    each:float=0.,    # probability of each sequence by itself (taco.md, section 6: .5); 0: a number drawn uniformly (brainmvp.md, 6.3)
 )->Tensor:            # (B, M) bool, True = take this one away; never all, never an absent one
-    "Which present sequences to hide: a uniform number of them, at least one stays."
+    "Which present sequences to hide; at least one stays."
     here = present.cpu().bool(); P = here.sum(1)
     if (P == 0).any(): raise UserError(f'case {int((P == 0).nonzero()[0])} of the batch has no present channel', 'at least one')
     count = (torch.rand(len(here), generator=gen) * P).long().masked_fill(torch.rand(len(here), generator=gen) >= p, 0)
     rank = torch.rand(here.shape, generator=gen).masked_fill(~here, 2.).argsort(1).argsort(1)     # absent ones come last
-    return (rank < count[:,None]) & here
+    if not each: return (rank < count[:,None]) & here
+    gone = here & (torch.rand(here.shape, generator=gen) < each) & (torch.rand(len(here), 1, generator=gen) < p)
+    return gone & ((rank > 0) | (gone.sum(1) < P)[:,None])                                        # where all would go, the first of a shuffled order stays

@@ -86,6 +86,7 @@ class FinetuneConfig(CompareConfig):
     head:Literal['linear','mlp']='linear'   # classify: on the pooled bottleneck, or with one hidden layer (brainmvp.md, section 3.7)
     missing:Literal['no','zero','template']='no'  # what stands for absent sequences, and sequences are taken away in training (46_tasks.missing); no: 0 stands for them, and no training for it
     replace:float=1.                        # missing: probability that a case of a batch loses sequences, from none to all but one; 0: the same network, never shown a gap
+    each:float=0.                           # missing: probability of each sequence of such a case by itself (.5 in taco.md, section 6); 0: a number drawn uniformly (brainmvp.md, 6.3)
     subsets:bool=False                      # judge every network on every non-empty subset of the sequences: subsets.md, .json, .png
     templates:Path|None=None                # missing=template: the folder a run of brainmvp leaves, runs/NAME/templates; the same for all arms
     balance:bool=True                       # classify: weigh classes by how rare they are among the labelled cases
@@ -259,7 +260,7 @@ def make_task(
 def missing_task(enc, cfg, shared, classes=None, weight=()):
     "A task that expects sequences to be missing; a decoder fits the encoder. Never shown a gap, a case needs no second disguise."
     t = in_order(*load_templates(cfg.templates), cfg.channels) if cfg.missing == 'template' else None
-    rule = dict(fill=cfg.missing, replace=cfg.replace, pair=cfg.replace > 0)
+    rule = dict(fill=cfg.missing, replace=cfg.replace, each=cfg.each, pair=cfg.replace > 0)
     if cfg.kind == 'classify': return ClassifyMissing(enc, ClassifyConfig(classes=len(classes['names']), multi=classes['multi'], weight=tuple(weight), head=cfg.head, **shared), templates=t, **rule)
     kind = 'unetr' if tuple(enc.strides) == tuple(2**(i+1) for i in range(len(enc.strides))) else 'skip'
     m = MissingConfig(values=tuple(cfg.values), regions=tuple(cfg.regions), names=tuple(cfg.names), decoder=kind, deep=min(2, len(enc.widths)-1), flip=0., **rule, **shared)   # flips are those of `augment`, as for every arm
@@ -318,7 +319,8 @@ def resolve(cfg)->Bench:
     channels = cfg.channels or tuple(c for c in prepared.channels if any(c in r['channels'] for r in rows))
     if getattr(cfg, 'missing', 'no') != 'no':
         if cfg.decoder != 'skip': raise UserError(f'missing={cfg.missing} with decoder={cfg.decoder}', 'skip')
-        if not 0 <= cfg.replace <= 1: raise UserError(f'replace is {cfg.replace}', 'a probability')
+        for k in ('replace','each'):
+            if not 0 <= getattr(cfg, k) <= 1: raise UserError(f'{k} is {getattr(cfg, k)}', 'a probability')
         if cfg.missing == 'template' and cfg.templates is None: raise UserError('missing=template without templates', 'a folder', '--templates runs/NAME/templates of a run of brainmvp, or --missing zero')
         if cfg.missing == 'template': in_order(*load_templates(cfg.templates), channels); check_spacing(rows, dims, template_spacing(cfg.templates))
     elif getattr(cfg, 'templates', None): raise UserError('templates are given and not used', '--missing template')

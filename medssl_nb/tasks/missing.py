@@ -101,10 +101,11 @@ def disguises(
     p:float,        # probability that a case loses sequences
     n:int,          # disguises of each case
     gen,
+    each:float=0.,  # probability of each sequence by itself; 0: a number drawn uniformly
 )->tuple:           # images `(B, n·M, *S)` in one stack, so that one geometry can follow, and what each shows: n times `(B, M)` bool
     "Take sequences away, n times independently, and fill the gaps."
     fill = filling(templates, batch)
-    shown = [batch['present'].cpu() & ~draw_dropped(batch['present'], gen, p) for _ in range(n)]
+    shown = [batch['present'].cpu() & ~draw_dropped(batch['present'], gen, p, each) for _ in range(n)]
     return torch.cat([stand_in(batch['image'], s, fill) for s in shown], 1), shown
 
 # %% ../../nbs/46_tasks.missing.ipynb #3ae977ec
@@ -132,6 +133,7 @@ class MissingConfig:
     names:tuple[str,...]=()                  # of the regions
     fill:Literal['template','zero']='template'  # what stands for a missing sequence
     replace:float=1.                         # probability that a case of a training batch loses sequences on purpose
+    each:float=0.                            # probability of each sequence of such a case by itself (taco.md, section 6: .5); 0: a number drawn uniformly
     pair:bool=True                           # two disguises of each case
     w_consistency:float=.1                   # decision 11
     decoder:Literal['unetr','skip']='unetr'  # skip: for encoders whose features begin at full size
@@ -148,7 +150,7 @@ class MissingConfig:
         if len(self.names) != len(self.regions): raise UserError(f'{len(self.names)} names for {len(self.regions)} regions', 'one each')
         odd = {v for g in self.regions for v in g} - set(self.values)
         if odd or 0 in self.values: raise UserError(f'values {self.values}, regions {self.regions}', 'regions made of the values, none of them 0')
-        for k in ('replace','flip'):
+        for k in ('replace','each','flip'):
             if not 0 <= getattr(self, k) <= 1: raise UserError(f'{k} is {getattr(self, k)}', 'a probability')
         for k,w in dict(fill=('template','zero'), decoder=('unetr','skip')).items(): choose(getattr(self, k), w, k)
 
@@ -189,7 +191,7 @@ class SegmentMissing(Task):
         odd = set(batch['label'].unique().tolist()) - {0, *c.values}
         if odd: raise UserError(f'label values {sorted(odd)}', f'0 or one of {list(c.values)}', 'list every value, or name the right edition' if c.edition else 'list every value')
         M = x.shape[1]
-        both,shown = disguises(batch, self.templates, c.replace, 1 + c.pair, gen)   # as channels: one geometry for all
+        both,shown = disguises(batch, self.templates, c.replace, 1 + c.pair, gen, c.each)   # as channels: one geometry for all
         both,y = flip_all(both, batch['label'], c.flip, gen)
         both,y = augment(both, y, torch.ones(len(x), both.shape[1], dtype=torch.bool, device=x.device), c.augment, c.normalise, gen, batch.get('spacing'))
         if self.templates is None: both = both*torch.cat(shown, 1).to(both).view(*both.shape[:2], *[1]*(x.ndim-2))   # brightness must not light up what is absent
@@ -257,22 +259,24 @@ class ClassifyMissing(Task):
         replace:float=1.,            # probability that a case of a training batch loses sequences on purpose
         pair:bool=True,              # two disguises of each case
         w_consistency:float=.1,      # decision 11
+        each:float=0.,               # probability of each sequence of such a case by itself; 0: a number drawn uniformly
         templates=None,              # `(M, *atlas)` in [0, 1], in the order of the channels; see `in_order`
     ):
         super().__init__()
         if len(cfg.region) != encoder.dims: raise UserError(f'region {cfg.region} for a {encoder.dims}-D encoder', f'{encoder.dims} numbers')
-        if not 0 <= replace <= 1: raise UserError(f'replace is {replace}', 'a probability')
+        for k,p in dict(replace=replace, each=each).items():
+            if not 0 <= p <= 1: raise UserError(f'{k} is {p}', 'a probability')
         if (choose(fill, ('zero','template'), 'fill') == 'template') != (templates is not None): raise UserError(f'fill={fill!r} with {"no" if templates is None else "a tensor of"} templates', "templates with fill='template', and only then")
         if templates is not None: templates = may_stand_in(templates, encoder, cfg.channels)
         self.cfg,self.region,self.channels,self.encoder = cfg,tuple(cfg.region),cfg.channels,encoder
-        self.replace,self.pair,self.w_consistency = replace,pair,w_consistency
+        self.replace,self.each,self.pair,self.w_consistency = replace,each,pair,w_consistency
         self.register_buffer('templates', templates, persistent=False)
         self.head = (MLPHead if choose(cfg.head, ('linear','mlp'), 'head') == 'mlp' else ClassHead)(encoder, cfg.classes, dropout=cfg.dropout)
         if cfg.freeze >= 1: encoder.requires_grad_(False)
     def views(self, batch, gen):
         c,x = self.cfg,batch['image']; M = x.shape[1]
         if M != self.encoder.in_channels: raise UserError(f'{M} channels', f'{self.encoder.in_channels}')
-        both,shown = disguises(batch, self.templates, self.replace, 1 + self.pair, gen)
+        both,shown = disguises(batch, self.templates, self.replace, 1 + self.pair, gen, self.each)
         seen = torch.cat(shown, 1).to(x.device) if self.templates is None else torch.ones(both.shape[:2], dtype=torch.bool, device=x.device)   # zeros stay zeros
         both,_ = augment(both, None, seen, c.augment or AugmentConfig(), c.normalise, gen, batch.get('spacing'))
         return dict(image=torch.cat(both.split(M, 1)), target=batch['target'], shown=shown, rest=batch.get('progress', 0.) < c.freeze)
