@@ -87,6 +87,48 @@ def test_sparse_and_dense_templates_take_the_same_first_step(data, tmp_path):
     assert torch.allclose(a["task"].templates.weight, b["task"].templates.weight, atol=1e-5)
 
 
+@pytest.mark.parametrize("sparse", ["yes", "no"])
+def test_accumulation_is_one_large_batch(sparse, tmp_path):
+    "Property 24: four cases at once, in two halves, one by one; batch norms rest, contrast (which compares what lies in a batch) has not begun. Windows overlap, so rows of a template come from several micro-batches."
+    from medssl_nb.core import generator
+    from medssl_nb.tasks.brainmvp import BrainMVP, BrainMVPConfig
+    from medssl_nb.train.trainer import TrainConfig, Trainer, make_fabric
+
+    cfg = BrainMVPConfig.small3d(widths=(8, 16), depths=(1, 1), head_width=8, region=(16,) * 3, sequences=("t1", "t2", "flair"), atlas=(24,) * 3, sparse=sparse, contrast_from=1.0)
+    present, start = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 1, 0], [1, 0, 1]]).bool(), torch.tensor([[3] * 3, [5] * 3, [0] * 3, [3] * 3])
+
+    class Given(BrainMVP):
+        def train(self, mode=True):
+            super().train(mode)
+            [m.eval() for m in self.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+            return self
+
+        def views(self, batch, gen):
+            return batch
+
+    def go(accum):
+        torch.manual_seed(0)
+        task = Given(cfg)
+        task.templates.weight.data.fill_(0.5)
+        fabric, c = make_fabric(TrainConfig(steps=3, batch=4 // accum, accum=accum, lr=1e-3, clip=0.5, lr_scale={"templates": 10.0}, device="cpu", workers=0, save_every=0, tensorboard=False, bar=False))
+        trainer, k = Trainer(task, c, fabric, tmp_path / f"{accum}"), 4 // accum
+        rows = []
+        for s in range(3):
+            x = torch.rand(4, 3, 16, 16, 16, generator=generator(s)) * present.view(4, 3, 1, 1, 1)
+            v = BrainMVP(cfg).views(dict(image=x, present=present, start=start, full=torch.full((4, 3), 24), progress=0.5), generator(0, s))
+            row, _ = trainer.train_step([{n: x[i * k : (i + 1) * k] if torch.is_tensor(x) else x for n, x in v.items()} for i in range(accum)])
+            rows += [row["loss"], row["grad_norm"], row["lr"]]  # Adam is blind to the size of a gradient, its norm is not
+        return dict(task.named_parameters()), rows
+
+    whole, rows = go(1)
+    assert (whole["templates.weight"] != 0.5).float().mean() > 0.3
+    for accum in (2, 4):
+        parts, again = go(accum)
+        assert again == pytest.approx(rows, rel=1e-5)
+        for n, p in parts.items():
+            assert (p - whole[n]).abs().max() < 5e-6, (n, accum)  # a step of Adam is 1e-3, of templates 1e-2
+
+
 def test_templates_lie_in_the_run_as_the_encoder_saw_them(whole):
     import nibabel as nib
 
