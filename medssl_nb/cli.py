@@ -42,7 +42,7 @@ WORDS = dict(  # commands of two words: command -> second word -> module, settin
         stage =('medssl_nb.continual', 'SiteConfig',      'stage',  '',       'site_settings', 'a packet and data in, a packet out: --from PACKET --data DATA --to PACKET'),
         verify=('medssl_nb.continual', 'VerifyConfig',    'verify', 'packet', None,            'is a packet what was written, and are patients in it?')))
 
-ASKING = ('pretrain', 'bench')   # their settings depend on the method that is named
+ASKING = ('pretrain', 'bench', 'prepare')   # their settings depend on the method that is named
 QUOTING = ('ingest', 'prepare', 'qc', 'where')   # commands that handle files under their real names
 
 def usage()->str:

@@ -305,3 +305,38 @@ def test_two_processes_are_one_with_their_cases_together(tmp_path):
     assert (one["templates.weight"] != 0).any()
     for k in one:
         assert torch.allclose(one[k], two[k], atol=2e-6 + 1e-4 * one[k].abs().max()), (k, (one[k] - two[k]).abs().max())
+
+
+def test_the_recipe_scales_each_sequence_by_itself(tmp_path):
+    "Decision 14 and properties 25, 26 from the command line: 1 mm, a box centred in the image, in each sequence 5 % of the brain at 0 and 5 % at 1; another scanner's scale is the same image."
+    import nibabel as nib
+
+    from medssl_nb.cli import main
+    from medssl_nb.data.cases import Prepared
+
+    rng = np.random.default_rng(0)
+    brain = np.zeros((24, 26, 28), bool)
+    brain[6:14, 5:21, 4:20] = True  # x nearer to its low end, z too
+    raw = {"t1": rng.gamma(3, 40, brain.shape) + 1, "t2": rng.normal(0, 1, brain.shape) ** 2 * 1000 + 5}
+    for who, scale in (("a", 1.0), ("b", 37.0)):
+        (tmp_path / "scans" / who).mkdir(parents=True)
+        for n, x in raw.items():
+            nib.save(nib.Nifti1Image((x * scale * brain).astype(np.float32), np.eye(4)), tmp_path / "scans" / who / f"{n}.nii.gz")
+    assert main(["ingest", str(tmp_path / "scans"), "-o", str(tmp_path / "man")]) == 0
+    assert main(["prepare", str(tmp_path / "man"), "-o", str(tmp_path / "prep"), "--recipe", "brainmvp", "--workers", "0"]) == 0
+    p = Prepared(tmp_path / "prep")
+    got = []
+    for r in p.rows:
+        x, here = p.read(r)
+        assert list(r["channels"]) == ["t1", "t2"] and here.all() and x.shape == (2, 20, 16, 12)  # by hand: 4 to 20 of 28 slices becomes 4 to 24, 5 to 21 of 26 stays, 6 to 14 of 24 becomes 6 to 18
+        got.append(x)
+    lo = [min(a, n - b) for a, b, n in ((4, 20, 28), (5, 21, 26), (6, 14, 24))]
+    box = tuple(slice(a, n - a) for a, n in zip(lo, (28, 26, 24)))
+    for x in got:
+        assert x.shape[1:] == tuple(s.stop - s.start for s in box)
+        for c, n in enumerate(("t1", "t2")):
+            v = raw[n].astype(np.float32)[brain]
+            a, b = np.percentile(v, (5, 95))
+            want = (np.clip((raw[n] - a) / (b - a), 0, 1) * brain).transpose(2, 1, 0)[box]
+            assert np.abs(x[c] - want).max() < 2e-3, n
+    assert np.abs(got[0] - got[1]).max() < 2e-3
