@@ -305,7 +305,7 @@ def markdown(facts):
     return text + [f"| {NAMES[g['kind']]} | {g['arm']} | {span(g['full'])} | {span(g['fewer'])} | {span(g['drop'])} |" for g in facts["gain_of_gaps"]]
 
 
-def write_tables(facts, results):
+def write_tables(facts, results, name="heads_missing"):
     "The JSON, the page with its verdict, and the picture."
     from matplotlib.figure import Figure
 
@@ -314,18 +314,18 @@ def write_tables(facts, results):
     for d in facts["parts"].values():
         if d["scores"]:  # of decisions there are none in the JSON: theirs was made from the rows
             d["net"] = net_pairs(d)
-    write_json(results / "heads_missing.json", facts)
-    note = HERE / "heads_missing_verdict.md"  # written by a person who read the tables
-    (results / "heads_missing.md").write_text("\n".join([(note.read_text() if note.exists() else ""), "![score and drop](heads_missing.png)", "", *markdown(facts)]) + "\n")
+    write_json(results / f"{name}.json", facts)
+    note = HERE / f"{name}_verdict.md"  # written by a person who read the tables
+    (results / f"{name}.md").write_text("\n".join([(note.read_text() if note.exists() else ""), f"![score and drop]({name}.png)", "", *markdown(facts)]) + "\n")
     fig = Figure(figsize=(11, 2.9 * len(facts["parts"])), dpi=70, layout="constrained")
     for sub, (part, d) in zip(fig.subfigures(len(facts["parts"]), 1, squeeze=False)[:, 0], facts["parts"].items()):
         kind, regime = part.rsplit("_", 1)
         draw(sub, d["tables"]["count"], FORMS[kind], f"{NAMES[kind]}, {SHOWN[regime]}")
-    (results / "heads_missing.png").write_bytes(png(fig, dpi=70))
+    (results / f"{name}.png").write_bytes(png(fig, dpi=70))
 
 
-def report(plan, out, results):
-    "results/heads_missing.{json,md,png} and results/brainmvp_ablation.{json,md} from what is finished."
+def report(plan, out, results, name="heads_missing"):
+    "results/NAME.{json,md,png}, and of heads_missing results/brainmvp_ablation.{json,md}, from what is finished."
     from types import SimpleNamespace
 
     from medssl_nb.eval.missing import decision_lines, outline_lines, subset_tables
@@ -363,17 +363,18 @@ def report(plan, out, results):
                 gain.append(dict(kind=kind, arm=arm, full=at[max(n for n in at if n != "fewer")]["diff"], fewer=at["fewer"]["diff"], drop=at["fewer"]["drop_diff"]))
     facts["gain_of_gaps"] = gain
     facts["pretraining"] = {}
-    for name in ARMS:
+    for arm in ARMS:
         for s in plan.seeds:
-            h = out / "runs" / f"{name}_s{s}" / "history.jsonl"
+            h = out / "runs" / f"{arm}_s{s}" / "history.jsonl"
             if h.is_file():
                 rows = read_jsonl(h)
                 terms = [k for k in rows[-1] if k not in ("step", "lr", "grad_norm", "volumes_per_s", "wait")]
-                facts["pretraining"][f"{name}_s{s}"] = dict(steps=len(rows), first={k: round(rows[0][k], 4) for k in terms if k in rows[0]}, last={k: round(sum(r[k] for r in rows[-5:]) / 5, 4) for k in terms})
+                facts["pretraining"][f"{arm}_s{s}"] = dict(steps=len(rows), first={k: round(rows[0][k], 4) for k in terms if k in rows[0]}, last={k: round(sum(r[k] for r in rows[-5:]) / 5, 4) for k in terms})
     results.mkdir(exist_ok=True)
-    write_tables(facts, results)
-    ablation(facts, results)
-    print(results / "heads_missing.md")
+    write_tables(facts, results, name)
+    if name == "heads_missing":
+        ablation(facts, results)
+    print(results / f"{name}.md")
 
 
 COLOURS = {a: f"C{i}" for i, a in enumerate((*ARMS, "brainmvp_t"))} | dict(scratch="0.1", scratch01="0.4", scratchfg="0.6", scratch01_t="0.75")  # of an arm, the same in every part
