@@ -1,7 +1,7 @@
 """What two literal forms have in common: the library's own layers where this package has its own."""
 from torch import nn
 
-from medssl_nb.nets.uniformer3d import Attention, Depthwise
+from medssl_nb.nets.uniformer3d import Attention, Depthwise, UniFormerEncoder
 
 
 class Table(nn.Module):
@@ -13,7 +13,8 @@ class Table(nn.Module):
         return a.out(((q@k.transpose(-2, -1)*(C//a.heads)**-.5).softmax(-1)@v).transpose(1, 2).reshape(B, N, C))
 
 def plain(module):
-    "The same network from the library's own layers."
+    "The same network from the library's own layers, its maps channel by channel."
+    if isinstance(module, UniFormerEncoder): module.rows = False
     for n,m in list(module.named_children()):
         if isinstance(m, Depthwise):
             c = nn.Conv3d(m.weight.shape[0], m.weight.shape[0], m.weight.shape[2:], padding=m.weight.shape[2]//2, groups=m.weight.shape[0])
