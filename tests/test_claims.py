@@ -164,3 +164,20 @@ def test_rates_of_the_audit_are_counted_right(tmp_path):
     assert m.in_words(d).replace("# How often the privacy audit alarms\n", "", 1) in page
     honest = [r for r in d["rates"] if r["pool"] in m.HONEST]
     assert f"{sum(r['hits'] for r in honest)} of {sum(r['of'] for r in honest)} pools without a copy" in page
+
+
+def test_real_and_generated_heads_say_what_the_verdict_says():
+    "Numbers of the verdict are those of the table; no interval between arms leaves zero out."
+    d = read_json(RESULTS / "heads_real.json")
+    page, parts = (RESULTS / "heads_real.md").read_text(), d["parts"]
+    intervals = [p[k] for part in parts.values() for which in ("pairs", "net") for p in part[which] for k in ("full", "fewer", "drop")]
+    assert len(intervals) == 30 and not [v for v in intervals if v[1] > 0 or v[2] < 0] and "None of 30 intervals" in page
+    whole = {l["arm"]: l for l in parts["segment_whole"]["tables"]["count"] if l["n"] == 4}
+    assert [round(whole[a]["score"][0], 2) for a in ("mae", "pcrlv2", "brainmvp", "scratch", "scratch01")] == [0.60, 0.54, 0.58, 0.58, 0.64]
+    shown = lambda v: f"{v[0]:+.2f} [{v[1]:+.2f}, {v[2]:.2f}]".replace("[+", "[").replace("-", "−")
+    for a in ("mae", "pcrlv2", "brainmvp"):
+        assert shown(whole[a]["diff"]) in page
+    for part in parts.values():
+        assert all(shown(p["full"]) in page for p in part["net"])
+    ends = [sum(v[s]["t1+t1c+t2+flair"]) / 24 for p in parts.values() for v in p["scores"].values() for s in "012"]
+    assert len(ends) == 30 and sum(e < 0.01 for e in ends) == 1
