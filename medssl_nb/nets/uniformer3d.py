@@ -37,7 +37,10 @@ class _Depthwise(torch.autograd.Function):
         dw = None
         if ctx.needs_input_grad[1]:
             f,pad = F.conv2d if x.ndim == 4 else F.conv3d,tuple(s//2 for s in k)     # every channel of every case is a group, its gradient the kernel
-            if x[0].numel() > LARGE: dw = sum(f(x[i:i+1], g[i][:,None], None, 1, pad, 1, C) for i in range(B)).view(C, 1, *k)
+            one = lambda i: f(x[i:i+1], g[i][:,None], None, 1, pad, 1, C).view(C, 1, *k)
+            if x[0].numel() > LARGE:
+                dw = one(0)
+                for i in range(1, B): dw = dw + one(i)
             else: dw = f(x.reshape(1, B*C, *x.shape[2:]), g.reshape(B*C, 1, *g.shape[2:]), None, 1, pad, 1, B*C).view(B, C, 1, *k).sum(0)
         return dx, dw, g.sum((0, *dims)) if ctx.bias else None
 
