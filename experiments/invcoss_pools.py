@@ -144,8 +144,8 @@ def table(cells, at):
     shown = {k: v for k, v in SHOWN.items() if all(v[0] in values(c) for (a, _, _), c in cells.items() if a == at)}
     head = f"| pool | {' | '.join(shown)} | task, statistics | s an image | parameters | audit | seeds |"
     lines = [f"## {at[3:]}", "", head, "|---|" + "---|" * (len(shown) + 5)]
-    first = of("+ repulsion 1")
-    fact0 = [cells[at, s, "+ repulsion 1"]["facts"] for s in seeds_of(cells, at, "+ repulsion 1")]
+    any_ = next(n for n in ("+ repulsion 1", *POOLS) if seeds_of(cells, at, n))  # real images are the same beside every pool
+    first, fact0 = of(any_), [cells[at, s, any_]["facts"] for s in seeds_of(cells, at, any_)]
     cost = f"{np.mean([f['real_task'] for f in fact0]):.2f}, {np.mean([f['real_norm']['pooled'] for f in fact0]):.2f}" if fact0 and "real_task" in fact0[0] else ""
     lines.append("| *real, as many* | " + " | ".join(span([v[k][1] for v in first]) for k, _ in shown.values()) + f" | {cost} | | | | |")
     for name in POOLS:
@@ -227,8 +227,8 @@ def report(a, world):
     results = Path(__file__).parent.parent / "results"
     settings = json.loads(json.dumps(asdict(world.full), default=str))
     old = read_json(f) if (f := results / f"{world.name}.json").is_file() else dict(settings=settings, cells=[], storage={})
-    if old["settings"] != settings:
-        raise UserError(f"{f.name} is of other settings", f"{old['settings']}", "move it away and make all pools anew; pools of two settings are not put in one table")
+    if other := {k: v for k, v in old["settings"].items() if settings.get(k) != v}:  # an older file names fewer of them
+        raise UserError(f"{f.name} is of other settings: {other}", f"{ {k: settings.get(k) for k in other} }", "move it away and make all pools anew; pools of two settings are not put in one table")
     cells = {(c["stage"], c["seed"], c["pool"]): c for c in old["cells"]}  # of earlier sessions, whose images are nowhere
     for at in a.stages:
         for s in a.seeds:
@@ -246,7 +246,7 @@ def report(a, world):
     note = Path(__file__).parent / f"{world.name}_verdict.md"  # written by a person who read the tables
     (results / f"{world.name}.md").write_text("\n".join([note.read_text() if note.exists() else f"# {world.what}\n", f"![pools]({world.name}.png)", "", *text]) + "\n")
     small = [dict(stage=at, seed=s, pool=n, values=values(c), last=c["last"], facts=c["facts"], parameters=c["parameters"], audit=c.get("audit")) for (at, s, n), c in cells.items()]
-    write_json(results / f"{world.name}.json", dict(what=world.what, settings=settings, cells=small, storage=kept))
+    write_json(results / f"{world.name}.json", dict(what=world.what, settings=settings if any("report" in c for c in cells.values()) else old["settings"], cells=small, storage=kept))
     shown = [at for at in a.stages if any(k[0] == at for k in cells)]
     if all("images" in c for (at, s, _), c in cells.items() if at in shown and s == a.seeds[0]):
         (results / f"{world.name}.png").write_bytes(png(picture(cells, shown, a.seeds[0], real=a.world == "patterns"), dpi=70))

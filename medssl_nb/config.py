@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['convert', 'from_dict', 'to_dict', 'save_yaml', 'read_yaml', 'load_yaml', 'switches', 'spelt_out', 'choices',
-           'check_values', 'cli']
+           'check_values', 'cli', 'word_in', 'file_in']
 
 # %% ../nbs/01_config.ipynb #cd182f91
 import dataclasses
@@ -195,3 +195,14 @@ def cli(
     check_values(args, base)
     # `Run[Task](...)` remembers its parameter in `__orig_class__`; without it tyro would not know the type of the generic field
     return tyro.cli(getattr(base, '__orig_class__', type(base)), default=base, args=spelt_out(args, base), prog=prog, config=(tyro.conf.FlagConversionOff,), description=type(base).__doc__)
+
+# %% ../nbs/01_config.ipynb #37b450ea
+def word_in(words:list, name:str):
+    "The value of a flag in a command line."
+    return next((words[i+1] for i,w in enumerate(words[:-1]) if w == f'--{name}'), next((w.split('=', 1)[1] for w in words if w.startswith(f'--{name}=')), None))
+
+def file_in(words:list, is_a:str='a list of settings', of:str='name: value lines')->dict:
+    "The settings of the file that a command line names with --config; empty without one."
+    file = word_in(words, 'config'); text = (read_yaml(file) or {}) if file else {}
+    if not isinstance(text, dict): raise UserError(f'{file} is not {is_a}', of)
+    return text

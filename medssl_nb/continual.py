@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['T', 'S', 'FAMILIES', 'MACHINE', 'SCORES', 'ORDER', 'StageConfig', 'ScoreConfig', 'Common', 'ContinualConfig',
-           'SiteConfig', 'train_defaults', 'common', 'word_in', 'plan_settings', 'find_prepared', 'row_facts',
-           'told_reports', 'StageData', 'region_of', 'family_cases', 'partly', 'fresh_task', 'give_words',
-           'tokenizer_name', 'spelt', 'draw_pools', 'old_fit', 'old_cases', 'mix_cases', 'new_steps', 'stage_train',
-           'shared_settings', 'portable', 'other_settings', 'stage_settings', 'Scene', 'Team', 'in_order', 'readouts',
-           'make_buffer', 'finish_stage', 'write_cost', 'announced', 'whole_stage', 'check_done', 'check_begun',
-           'do_stage', 'some', 'case_loss', 'refitter', 'segment_rows', 'score_stage', 'score_question',
-           'evaluate_stage', 'Inside', 'look_inside', 'inside_rows', 'inside_gaps', 'PlanConfig', 'write_plan',
-           'joint_settings', 'joint_stage', 'check_plan', 'keep_plan', 'run', 'look_back', 'alone_rows', 'all_stages',
-           'replace_plan', 'write_result', 'site_settings', 'stage', 'VerifyConfig', 'verify']
+           'SiteConfig', 'train_defaults', 'common', 'plan_settings', 'find_prepared', 'row_facts', 'told_reports',
+           'StageData', 'region_of', 'family_cases', 'partly', 'fresh_task', 'give_words', 'tokenizer_name', 'spelt',
+           'draw_pools', 'old_fit', 'old_cases', 'mix_cases', 'new_steps', 'stage_train', 'shared_settings', 'portable',
+           'other_settings', 'stage_settings', 'Scene', 'Team', 'in_order', 'readouts', 'make_buffer', 'finish_stage',
+           'write_cost', 'announced', 'whole_stage', 'check_done', 'check_begun', 'do_stage', 'some', 'case_loss',
+           'refitter', 'segment_rows', 'score_stage', 'score_question', 'evaluate_stage', 'Inside', 'look_inside',
+           'inside_rows', 'inside_gaps', 'PlanConfig', 'write_plan', 'joint_settings', 'joint_stage', 'check_plan',
+           'keep_plan', 'run', 'look_back', 'alone_rows', 'all_stages', 'replace_plan', 'write_result', 'site_settings',
+           'stage', 'VerifyConfig', 'verify']
 
 # %% ../nbs/71_continual.ipynb #74bece3b
 import hashlib
@@ -31,7 +31,7 @@ from typing import Generic, Literal, TypeVar
 import numpy as np
 import torch
 
-from .config import from_dict, read_yaml, save_yaml, to_dict
+from .config import file_in, from_dict, save_yaml, to_dict, word_in
 from .core import UserError, atomic, choose, disk_errors, generator, read_json, read_jsonl, seed_of, size_text, sweep, write_json, write_jsonl
 from .data.cases import Cases, Prepared, plain_name, read_batch, text_table
 from .data.stages import Beside, Mixed, Placed, TextCases, choose_rows, part, report_rows, write_buffer
@@ -130,14 +130,9 @@ def common(method:str, preset:str, strategy:str)->dict:
     small = dict(epochs=None, steps=300) if preset.startswith('small') else {}
     return dict(task=task, settings=strategy_config(strategy), method=method, preset=preset, strategy=strategy, train=train_defaults(method, preset), **small)
 
-def word_in(words:list, name:str):
-    "The value of a flag in a command line."
-    return next((words[i+1] for i,w in enumerate(words[:-1]) if w == f'--{name}'), next((w.split('=', 1)[1] for w in words if w.startswith(f'--{name}=')), None))
-
 def plan_settings(words:list)->tuple:
     "Defaults for the method and strategy that a plan, or the line, names; and the words."
-    file = word_in(words, 'config'); text = (read_yaml(file) or {}) if file else {}
-    if not isinstance(text, dict): raise UserError(f'{file} is not a plan', 'name: value lines, with a list of stages')
+    text = file_in(words, 'a plan', 'name: value lines, with a list of stages')
     pick = lambda n, default: word_in(words, n) or text.get(n, default)
     method = choose(pick('method', 'mim'), METHODS, 'method'); preset = pick('preset', 'unified')
     base = common(method, preset, pick('strategy', 'medcoss'))
@@ -819,7 +814,7 @@ def write_result(cfg, rows:list, out)->dict:
 def site_settings(words:list)->tuple:
     "Defaults from the packet that the line names, or from method and strategy; `--from` is `--before`."
     words = ['--before' + w[6:] if w == '--from' or w.startswith('--from=') else w for w in words]
-    file = word_in(words, 'config'); text = (read_yaml(file) or {}) if file else {}
+    text = file_in(words)
     before = word_in(words, 'before') or text.get('before')
     if before:
         s = Packet(before).settings; base = common(choose(s.get('method'), METHODS, 'method'), s.get('preset'), s.get('strategy'))

@@ -16,7 +16,7 @@ from typing import Generic, Literal, TypeVar
 
 import torch
 
-from .config import read_yaml
+from .config import file_in, word_in
 from .core import UserError, choose, seed_of
 from .data.cases import Cases, Prepared
 from .losses.statistics import Running, calibrate, save_statistics
@@ -89,11 +89,7 @@ def settings(
     words:list,   # of the command line, after `medssl pretrain`
 )->tuple:         # a `PretrainConfig` with the settings of the method that was named, and the words
     "Defaults that fit the method named in the line or in the file."
-    word = lambda n: next((words[i+1] for i,w in enumerate(words[:-1]) if w == f'--{n}'), next((w.split('=', 1)[1] for w in words if w.startswith(f'--{n}=')), None))
-    file,text = word('config'),{}
-    if file:
-        text = read_yaml(file) or {}
-        if not isinstance(text, dict): raise UserError(f'{file} is not a list of settings', 'name: value lines')
+    word,text = lambda n: word_in(words, n),file_in(words)
     name = choose(word('method') or text.get('method', 'pcrlv2'), METHODS, 'method')
     preset = choose(word('preset') or text.get('preset', '3d'), PRESETS, 'preset')
     task,loop = task_config(name, preset),train_defaults(name, preset)

@@ -181,3 +181,36 @@ def test_real_and_generated_heads_say_what_the_verdict_says():
         assert all(shown(p["full"]) in page for p in part["net"])
     ends = [sum(v[s]["t1+t1c+t2+flair"]) / 24 for p in parts.values() for v in p["scores"].values() for s in "012"]
     assert len(ends) == 30 and sum(e < 0.01 for e in ends) == 1
+
+
+def test_pages_of_pools_are_what_their_numbers_say(monkeypatch):
+    "Both tables are made of the committed cells, whose images lie nowhere; the numbers of the verdict on MRI are theirs."
+    import sys
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    for n in ("continual_five", "continual_small"):
+        monkeypatch.delitem(sys.modules, n, raising=False)
+    spec = spec_from_file_location("invcoss_pools", ROOT / "experiments" / "invcoss_pools.py")
+    m = module_from_spec(spec)
+    spec.loader.exec_module(m)
+    for name in ("invcoss_pools", "invcoss_real"):
+        d, page = read_json(RESULTS / f"{name}.json"), (RESULTS / f"{name}.md").read_text()
+        cells = {(c["stage"], c["seed"], c["pool"]): c for c in d["cells"]}
+        for at in sorted({k[0] for k in cells}):
+            assert ("\n".join(m.table(cells, at)) in page) == (f"## {at[3:]}" in page), (name, at)
+        assert page.count("\n## ") == dict(invcoss_pools=2, invcoss_real=3)[name]  # stages, and what travels
+    mri = {k: c for k, c in cells.items() if k[0] == "04_mri"}
+    assert len(mri) == 15 and not any(c["audit"]["alarm"] for c in mri.values()) and "0 of 15 pools alarmed" in page
+    assert all("by the 1 of 18 checks that can see a pool with 12% of copies" in c["audit"]["verdict"] for c in mri.values())
+
+    def apart(a, b, measure, at="04_mri"):
+        key = m.SHOWN[measure][0]
+        i = m.mean_interval([m.values(cells[at, s, a])[key][0] - m.values(cells[at, s, b])[key][0] for s in (0, 1, 2)])
+        return [round(v, 1 if measure == "lsd_high" else 3) for v in (i["mean"], i["low"], i["high"])]
+
+    assert apart("plain decoder", "+ repulsion 1", "lsd_high") == [3.8, 1.8, 5.7] and "3.8 dB nearer to real slabs [1.8, 5.7]" in page
+    assert apart("+ repulsion 1", "free voxels", "lsd_high") == [3.1, 1.2, 5.0] and "3.1 dB *nearer* [1.2, 5.0]" in page
+    assert apart("+ repulsion 1", "+ TV", "vendi_filters") == [0.038, 0.006, 0.069] and "Vendi +0.038 [0.006, 0.069]" in page
+    still = [apart("+ TV", "task+statistics", k, at) for k in m.SHOWN for at in ("02_xray", "04_mri")]
+    assert all(low <= 0 <= high for _, low, high in still) and page.count("no measure moves") == 2

@@ -31,7 +31,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..config import read_yaml, to_dict
+from ..config import file_in, to_dict, word_in
 from ..core import UserError, choose, disk_errors, read_json, sweep, write_json, write_jsonl
 from .cases import MODALITIES, Manifest, channel_order, damage, pack_case, pack_mark, put_files, read_mark, split_by_subject, store, text_table, write_index
 from .ingest import read_text
@@ -87,10 +87,7 @@ def settings(
     words:list,   # of the command line, after `medssl prepare`
 )->tuple:         # a `PrepareConfig` that begins from the recipe named there or in the file, and the words
     "Defaults that fit a method."
-    word = lambda n: next((words[i+1] for i,w in enumerate(words[:-1]) if w == f'--{n}'), next((w.split('=', 1)[1] for w in words if w.startswith(f'--{n}=')), None))
-    file = word('config'); text = read_yaml(file) or {} if file else {}
-    if not isinstance(text, dict): raise UserError(f'{file} is not a list of settings', 'name: value lines')
-    name = word('recipe') or text.get('recipe', '')
+    name = word_in(words, 'recipe') or file_in(words).get('recipe', '')
     return PrepareConfig.of(name) if name else PrepareConfig(),words
 
 # %% ../../nbs/17_data.prepare.ipynb #8e5b9421
